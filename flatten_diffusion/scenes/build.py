@@ -1,0 +1,127 @@
+"""Builds the scenes pipeline with random weights: real diffusers classes, small enough to train on two CPU cores."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .grammar import vocabulary
+
+_MAX_TOKENS = 24
+_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer in which each word of the grammar is one token (and any other word falls back to letters)."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=_EOS))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        special_tokens=[_BOS, _EOS],
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator([*vocabulary(), *letters], trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    vocab = trained["vocab"]
+    for letter in letters:
+        vocab.setdefault(letter + "</w>", len(vocab))
+    merges = [tuple(pair.split()) if isinstance(pair, str) else tuple(pair) for pair in trained["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=_MAX_TOKENS, pad_token=_EOS)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A three-layer CLIP text model for the grammar's captions; output [B, 24, 128]."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=_MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def build_vae(resolution: int) -> AutoencoderKL:
+    """An 8× autoencoder with 8 latent channels; `resolution` in pixels is what it is meant for."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 128),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=resolution,
+        mid_block_add_attention=False,
+    )
+
+
+def build_unet(resolution: int, latent_channels: int = 8) -> UNet2DConditionModel:
+    """A three-level Stable-Diffusion-type UNet with heads of 32 channels; native latents are `resolution` / 8."""
+    return UNet2DConditionModel(
+        sample_size=resolution // 8,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        layers_per_block=1,
+        norm_num_groups=16,
+        block_out_channels=(64, 128, 192),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=(2, 4, 6),
+        use_linear_projection=True,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """v-prediction with zero terminal SNR, so that black and white backgrounds come out right."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def build_pipeline(resolution: int = 128, seed: int = 0) -> StableDiffusionPipeline:
+    """The whole text-to-image pipeline, untrained, float32 on CPU.
+
+    Args:
+        resolution: native picture side in pixels, a multiple of 32.
+        seed: of the random weights.
+
+    Raises:
+        ValueError: `resolution` is not a positive multiple of 32.
+    """
+    if resolution <= 0 or resolution % 32:
+        raise ValueError(f"resolution {resolution} is not a positive multiple of 32: the UNet halves the latents twice")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = build_tokenizer()
+        return StableDiffusionPipeline(
+            vae=build_vae(resolution),
+            text_encoder=build_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            unet=build_unet(resolution),
+            scheduler=build_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )

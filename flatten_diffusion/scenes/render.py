@@ -1,0 +1,192 @@
+"""Draws a scene with Pillow, at any size: everything is placed in unit coordinates, (0, 0) top left."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from .grammar import BACKGROUNDS, COLOURS, TEXTURES, SceneSpec, parse
+
+_SUPERSAMPLING = 4
+# The texture's ink is the object's colour halfway to white.
+INK_TINT = 0.5
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One drawn object: centre and radius in units of the picture's shorter side (x, y of its width and height)."""
+
+    shape: str
+    colour: str
+    texture: str
+    x: float
+    y: float
+    radius: float
+    flipped: bool = False
+
+
+def tint(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The ink of a texture on `colour`."""
+    red, green, blue = (round(channel + (255 - channel) * INK_TINT) for channel in colour)
+    return red, green, blue
+
+
+def layout(spec: SceneSpec, rng: random.Random) -> list[Placed]:
+    """Choose everything the caption leaves open: places, sizes, and colours or textures that are not stated."""
+    places = {
+        "single": _single_places,
+        "count": _count_places,
+        "relation": _relation_places,
+        "matching": _pair_places,
+        "mirrored": _mirrored_places,
+    }[spec.kind](spec, rng)
+    radii = {"single": (0.2, 0.3), "count": (0.125, 0.16)}.get(spec.kind, (0.135, 0.185))
+    radius = rng.uniform(*radii)
+    placed = []
+    open_colour = rng.choice(list(COLOURS))
+    for index, (x, y) in enumerate(places):
+        thing = spec.things[index] if spec.kind == "relation" else spec.things[0]
+        colour, texture = thing.colour or open_colour, thing.texture or TEXTURES[0]
+        flipped = spec.kind == "mirrored" and index == 1
+        placed.append(Placed(thing.shape, colour, texture, x, y, radius, flipped))
+    return placed
+
+
+def _single_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, float]]:
+    return [(rng.uniform(0.36, 0.64), rng.uniform(0.36, 0.64))]
+
+
+def _count_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, float]]:
+    corners = {
+        2: [(0.27, 0.5), (0.73, 0.5)],
+        3: [(0.27, 0.3), (0.73, 0.3), (0.5, 0.72)],
+        4: [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)],
+    }[spec.count]
+    return [(x + rng.uniform(-0.05, 0.05), y + rng.uniform(-0.05, 0.05)) for x, y in corners]
+
+
+def _relation_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, float]]:
+    distance, drift = rng.uniform(0.215, 0.27), rng.uniform(-0.1, 0.1)
+    sign = -1 if spec.relation in ("left of", "above") else 1
+    near, far = 0.5 + sign * distance, 0.5 - sign * distance
+    if spec.relation in ("left of", "right of"):
+        return [(near, 0.5 + drift), (far, 0.5 - drift)]
+    return [(0.5 + drift, near), (0.5 - drift, far)]
+
+
+def _pair_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, float]]:
+    angle, distance = rng.uniform(0, math.pi), rng.uniform(0.23, 0.28)
+    dx, dy = distance * math.cos(angle), distance * math.sin(angle)
+    return [(0.5 - dx, 0.5 - dy), (0.5 + dx, 0.5 + dy)]
+
+
+def _mirrored_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, float]]:
+    distance, y = rng.uniform(0.215, 0.28), rng.uniform(0.3, 0.7)
+    return [(0.5 - distance, y), (0.5 + distance, y)]
+
+
+def draw_background(name: str, width: int, height: int) -> Image.Image:
+    """A background of BACKGROUNDS: a flat colour or a vertical gradient, RGB."""
+    top, bottom = BACKGROUNDS[name]
+    ramp = Image.new("RGB", (1, height))
+    for row in range(height):
+        share = row / max(height - 1, 1)
+        ramp.putpixel((0, row), tuple(round(a + (b - a) * share) for a, b in zip(top, bottom, strict=True)))
+    return ramp.resize((width, height), Image.Resampling.NEAREST)
+
+
+def draw_mask(shape: str, size: int, x: float, y: float, radius: float, flipped: bool = False) -> Image.Image:
+    """The silhouette, mode "L" (0 or 255), size × size; x, y and radius in pixels."""
+    mask = Image.new("L", (size, size), 0)
+    pen = ImageDraw.Draw(mask)
+
+    def polygon(points: list[tuple[float, float]]) -> None:
+        pen.polygon([(x + px * radius, y + py * radius) for px, py in points], fill=255)
+
+    def disc(cx: float, cy: float, r: float, fill: int) -> None:
+        pen.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill)
+
+    if shape == "square":
+        polygon([(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)])
+    elif shape == "triangle":
+        polygon([(0, -1), (0.95, 0.75), (-0.95, 0.75)])
+    elif shape == "diamond":
+        polygon([(0, -1), (0.8, 0), (0, 1), (-0.8, 0)])
+    elif shape == "cross":
+        polygon([(-0.33, -1), (0.33, -1), (0.33, 1), (-0.33, 1)])
+        polygon([(-1, -0.33), (1, -0.33), (1, 0.33), (-1, 0.33)])
+    elif shape == "star":
+        turns = [math.pi * (k / 5 - 0.5) for k in range(10)]
+        reach = [1.08 if k % 2 == 0 else 0.5 for k in range(10)]
+        polygon([(r * math.cos(t), r * math.sin(t)) for r, t in zip(reach, turns, strict=True)])
+    else:
+        disc(x, y, radius, 255)
+    if shape == "ring":
+        disc(x, y, radius * 0.52, 0)
+    elif shape == "crescent":
+        disc(x + radius * (-0.62 if flipped else 0.62), y, radius * 0.8, 0)
+    return mask
+
+
+def draw_texture(texture: str, size: int, x: float, y: float, radius: float) -> Image.Image:
+    """Where the ink goes (255), mode "L", anchored to the object's centre; x, y and radius in pixels."""
+    ink = Image.new("L", (size, size), 0)
+    pen = ImageDraw.Draw(ink)
+    cell = radius * 0.5
+    for row in range(-4, 4):
+        top = y + row * cell
+        if texture == "striped" and row % 2 == 0:
+            pen.rectangle((x - 2 * radius, top, x + 2 * radius, top + cell), fill=255)
+        for column in range(-4, 4):
+            left = x + column * cell
+            if texture == "checkered" and (row + column) % 2 == 0:
+                pen.rectangle((left, top, left + cell, top + cell), fill=255)
+            elif texture == "dotted":
+                r = cell * 0.32
+                cx, cy = left + cell / 2, top + cell / 2
+                pen.ellipse((cx - r, cy - r, cx + r, cy + r), fill=255)
+    return ink
+
+
+def _paint(canvas: Image.Image, item: Placed) -> None:
+    width, height = canvas.size
+    side = min(width, height)
+    radius = item.radius * side
+    box = int(2.5 * radius) + 2
+    left, top = int(item.x * width - box / 2), int(item.y * height - box / 2)
+    x, y = item.x * width - left, item.y * height - top
+    base = COLOURS[item.colour]
+    paint = Image.new("RGB", (box, box), base)
+    paint.paste(tint(base), mask=draw_texture(item.texture, box, x, y, radius))
+    canvas.paste(paint, (left, top), draw_mask(item.shape, box, x, y, radius, item.flipped))
+
+
+def draw(background: str, items: list[Placed], width: int, height: int) -> Image.Image:
+    """Draw placed objects on a background, antialiased, RGB."""
+    scale = _SUPERSAMPLING if max(width, height) <= 1024 else 2
+    canvas = draw_background(background, width * scale, height * scale)
+    for item in items:
+        _paint(canvas, item)
+    return canvas.resize((width, height), Image.Resampling.BOX)
+
+
+def render(caption: str, size: int | tuple[int, int] = 256, seed: int = 0) -> Image.Image:
+    """Draw a caption.
+
+    Args:
+        caption: a caption of the grammar.
+        size: pixels, one side of a square or (width, height).
+        seed: chooses everything the caption leaves open.
+
+    Raises:
+        ValueError: the caption is not of the grammar, or the size is below 16 pixels.
+    """
+    width, height = (size, size) if isinstance(size, int) else size
+    if min(width, height) < 16:
+        raise ValueError(f"size {width}x{height} is too small to draw a scene: use at least 16 pixels a side")
+    spec = parse(caption)
+    items = layout(spec, random.Random(f"{spec.caption}|{seed}"))
+    return draw(spec.background, items, width, height)
