@@ -1,0 +1,1 @@
+"""Evaluation of a converted diffusion model against the original: how good (distances, alignment, pairs), how fast."""

@@ -1,0 +1,6 @@
+"""Focused linear attention (Han et al., "FLatten Transformer", ICCV 2023): one public function, several backends."""
+
+from .dispatch import BACKENDS, available_backends, focused_linear_attention, resolve_backend
+from .reference import focused_feature_map
+
+__all__ = ["BACKENDS", "available_backends", "focused_feature_map", "focused_linear_attention", "resolve_backend"]

@@ -1,0 +1,337 @@
+"""Launches the Triton kernels of focused linear attention. Same two entry points as `eager`, no host synchronisation.
+
+Forward: lengths of the keys, state by chunks, their sum, then one pass over the queries. Block sizes follow from shape
+and dtype alone: nothing is timed at the first call, and a captured CUDA graph replays the same kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from . import triton_kernels as kernels
+
+_CHUNKS_PER_PROCESSOR = 4
+_INTERPRETER_PROCESSORS = 1
+_TOKENS_PER_LENGTHS_PROGRAM = 16
+_REDUCED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """Sizes one call's kernels share."""
+
+    batch: int
+    heads: int
+    head_dim: int
+    power: float
+    scale: torch.Tensor | None
+    key_mask: torch.Tensor | None
+    counts: torch.Tensor | None  # float32 [B]: keys left; None without a mask
+    dtype: torch.dtype
+    processors: int
+
+    @property
+    def block_d(self) -> int:
+        return max(16, triton.next_power_of_2(self.head_dim))
+
+    @property
+    def block_e(self) -> int:
+        """Columns of a [D, D] matrix held at once: all, unless they would not fit registers and shared memory."""
+        if self.dtype == torch.float32:
+            return {128: 32, 256: 16}.get(self.block_d, self.block_d)
+        return self.block_d if self.block_d <= 128 else 64
+
+    @property
+    def block_n(self) -> int:
+        if self.dtype == torch.float32:
+            return {16: 64, 32: 64, 64: 32}.get(self.block_d, 16)
+        return {16: 128, 32: 128, 64: 64}.get(self.block_d, 32)
+
+    @property
+    def columns(self) -> int:
+        return triton.cdiv(self.head_dim, self.block_e)
+
+    @property
+    def warps(self) -> int:
+        return 4 if self.block_d <= 64 and self.dtype != torch.float32 else 8
+
+    @property
+    def gradient_warps(self) -> dict[str, int]:
+        """The backward holds about twice as many tiles: over eight warps they fit the registers."""
+        return {"num_warps": 8}
+
+    @property
+    def stages(self) -> int:
+        if self.dtype == torch.float32:
+            return 2 if self.block_d <= 64 else 1
+        return 3 if self.block_d <= 64 else 2
+
+    @property
+    def shared(self) -> dict[str, int | bool]:
+        """Compile-time arguments every kernel takes."""
+        return {"HEAD_DIM": self.head_dim, "BLOCK_D": self.block_d, "num_warps": self.warps}
+
+    @property
+    def mapping(self) -> dict[str, int | bool]:
+        whole = int(self.power) if self.power in range(1, 9) else -1
+        return {"WHOLE": whole, "HAS_SCALE": self.scale is not None}
+
+    @property
+    def product(self) -> dict[str, int | str]:
+        precision = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "ieee"
+        return {"BLOCK_E": self.block_e, "PRECISION": precision, "num_stages": self.stages}
+
+    def chunks(self, tokens: int) -> tuple[int, int]:
+        """(tokens per chunk, chunks): enough programs to fill the device, at least a few blocks each."""
+        wanted = max(1, self.processors * _CHUNKS_PER_PROCESSOR // (self.batch * self.heads * self.columns))
+        blocks = triton.cdiv(tokens, self.block_n)
+        chunk = triton.cdiv(blocks, min(wanted, max(1, blocks // 4))) * self.block_n
+        return chunk, triton.cdiv(tokens, chunk)
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: torch.Tensor | None,
+    conv_weight: torch.Tensor | None,
+    conv_bias: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    power: float,
+    grid: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output [B, N, H, D], T [B, H, D, D] (the values' mean under each key feature) and the mean key [B, H, D]."""
+    with _on(query.device):
+        launch = _prepare(query, scale, key_mask, power)
+        batch, tokens, heads, head_dim = query.shape
+        key_mask = launch.key_mask
+        sums, key_sums, splits = _state_sums(launch, key, value)
+        means = torch.empty((batch, heads, head_dim, head_dim), dtype=query.dtype, device=query.device)
+        mean_key = torch.empty((batch, heads, head_dim), dtype=torch.float32, device=query.device)
+        _reduce(launch, sums, key_sums, splits, key.shape[1], means, mean_key, None)
+
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        blocks = triton.cdiv(tokens, launch.block_n)
+        # With blocks to spare, a program that takes every head reads the query from memory only once.
+        all_heads = batch * blocks >= 4 * launch.processors
+        lengths = query if all_heads else _lengths(launch, query, None)
+        kernels.query_kernel[(batch if all_heads else batch * heads, blocks)](
+            query, value, _or(scale, query), lengths, means, mean_key, _or(conv_weight, query), _or(conv_bias, query),
+            _or(key_mask, query), _or(launch.counts, query), output,
+            tokens, heads, *grid, query.stride(0), value.stride(0), power,
+            HAS_MASK=key_mask is not None, HAS_BIAS=conv_bias is not None,
+            KERNEL=0 if conv_weight is None else conv_weight.shape[-1], ALL_HEADS=all_heads, BLOCK_N=launch.block_n,
+            **_strides("Q", query), **_strides("V", value), **launch.mapping, **launch.shared, **launch.product,
+        )  # fmt: skip
+    return output, means, mean_key
+
+
+def backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: torch.Tensor | None,
+    conv_weight: torch.Tensor | None,
+    conv_bias: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    means: torch.Tensor,
+    mean_key: torch.Tensor,
+    power: float,
+    grid: tuple[int, int],
+    weight_needs_grad: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of query, key, value, scale, conv_weight and conv_bias."""
+    with _on(query.device):
+        launch = _prepare(query, scale, key_mask, power)
+        grad_query, scale_sums_query, sums, row_scale, vector = _query_backward(
+            launch, grad_output, query, means, mean_key
+        )
+        grad_key, grad_value, scale_sums_key = _key_backward(
+            launch, grad_output, key, value, mean_key, sums, row_scale, vector, conv_weight, grid
+        )
+        grad_scale = grad_weight = grad_bias = None
+        if scale is not None:
+            grad_scale = (scale_sums_query.sum(dim=(0, 1)) + scale_sums_key.sum(dim=(0, 1))).flatten().to(scale.dtype)
+        if conv_weight is not None and weight_needs_grad:
+            grad_weight = _weight_gradient(launch, grad_output, value, conv_weight, grid)
+        if conv_bias is not None:
+            per_sample = grad_output.sum(dim=(1, 2), dtype=torch.float32)
+            if launch.counts is not None:
+                per_sample = per_sample * (launch.counts > 0).unsqueeze(-1)
+            grad_bias = per_sample.sum(dim=0).to(conv_bias.dtype)
+    return grad_query, grad_key, grad_value, grad_scale, grad_weight, grad_bias
+
+
+def _query_backward(
+    launch: _Launch, grad_output: torch.Tensor, query: torch.Tensor, means: torch.Tensor, mean_key: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradient of the query, partial gradients of scale [.., B, H, D], and the state's: matrix, row scale, vector."""
+    batch, tokens, heads, head_dim = query.shape
+    chunk, splits = launch.chunks(tokens)
+    scale = _or(launch.scale, query)
+    lengths = _lengths(launch, query, None)
+    sums = _floats(query, splits, batch, heads, head_dim, head_dim)
+    vector_sums = _floats(query, splits, batch, heads, head_dim)
+    along, projected = _floats(query, 2, batch, heads, tokens)
+    common = dict(
+        BLOCK_N=launch.block_n, **_strides("Q", query), **_strides("G", grad_output),
+        **launch.mapping, **(launch.shared | launch.gradient_warps), **launch.product,
+    )  # fmt: skip
+    strides = (query.stride(0), grad_output.stride(0))
+    kernels.query_sums_kernel[(batch * heads, splits, launch.columns)](
+        query, grad_output, scale, lengths, means, mean_key, sums, vector_sums, along, projected,
+        tokens, heads, chunk, *strides, launch.power, **common,
+    )  # fmt: skip
+    matrix = torch.empty_like(means)
+    row_scale, vector = _floats(query, 2, batch, heads, head_dim)
+    _reduce(launch, sums, vector_sums, splits, tokens, matrix, vector, row_scale)
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    scale_sums = _floats(query, splits, batch, heads, head_dim)
+    kernels.query_gradient_kernel[(batch * heads, splits)](
+        query, grad_output, scale, lengths, means, mean_key, along, projected, grad_query, scale_sums,
+        tokens, heads, chunk, *strides, launch.power, **common,
+    )  # fmt: skip
+    return grad_query, scale_sums, matrix, row_scale, vector
+
+
+def _key_backward(
+    launch: _Launch,
+    grad_output: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mean_key: torch.Tensor,
+    sums: torch.Tensor,
+    row_scale: torch.Tensor,
+    vector: torch.Tensor,
+    conv_weight: torch.Tensor | None,
+    grid: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of key and value, and partial gradients of scale [.., B, H, D]."""
+    batch, tokens, heads, head_dim = key.shape
+    chunk, splits = launch.chunks(tokens)
+    lengths = _lengths(launch, key, launch.key_mask)
+    along = _floats(key, batch, heads, tokens)
+    has_mask = launch.key_mask is not None
+    mask, counts, scale = _or(launch.key_mask, key), _or(launch.counts, key), _or(launch.scale, key)
+    common = dict(
+        HAS_MASK=has_mask, BLOCK_N=launch.block_n, **_strides("K", key), **_strides("V", value),
+        **launch.mapping, **(launch.shared | launch.gradient_warps), **launch.product,
+    )  # fmt: skip
+    kernels.key_along_kernel[(batch * heads, triton.cdiv(tokens, launch.block_n))](
+        key, value, scale, mask, counts, lengths, mean_key, sums, row_scale, vector, along,
+        tokens, heads, key.stride(0), value.stride(0), launch.power, **common,
+    )  # fmt: skip
+    grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    grad_value = torch.empty_like(grad_key)
+    scale_sums = _floats(key, splits, batch, heads, head_dim)
+    kernels.key_gradient_kernel[(batch * heads, splits)](
+        key, value, grad_output, scale, mask, counts, lengths, mean_key, sums, row_scale, vector, along,
+        _or(conv_weight, key), grad_key, grad_value, scale_sums,
+        tokens, heads, chunk, *grid, key.stride(0), value.stride(0), grad_output.stride(0), launch.power,
+        KERNEL=0 if conv_weight is None else conv_weight.shape[-1], **_strides("G", grad_output), **common,
+    )  # fmt: skip
+    return grad_key, grad_value, scale_sums
+
+
+def _weight_gradient(
+    launch: _Launch,
+    grad_output: torch.Tensor,
+    value: torch.Tensor,
+    conv_weight: torch.Tensor,
+    grid: tuple[int, int],
+) -> torch.Tensor:
+    batch, tokens, heads, head_dim = value.shape
+    kernel = conv_weight.shape[-1]
+    chunk, splits = launch.chunks(tokens)
+    sums = _floats(value, splits, batch * heads, kernel, kernel, head_dim)
+    kernels.weight_gradient_kernel[(batch * heads, splits, kernel)](
+        value, grad_output, _or(launch.key_mask, value), sums,
+        tokens, heads, chunk, *grid, value.stride(0), grad_output.stride(0),
+        HAS_MASK=launch.key_mask is not None, KERNEL=kernel, BLOCK_K=triton.next_power_of_2(kernel),
+        BLOCK_N=launch.block_n, **_strides("V", value), **_strides("G", grad_output), **launch.shared,
+    )  # fmt: skip
+    return sums.sum(dim=(0, 1)).permute(2, 0, 1).reshape(conv_weight.shape).to(conv_weight.dtype)
+
+
+def _state_sums(launch: _Launch, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    batch, tokens, heads, head_dim = key.shape
+    chunk, splits = launch.chunks(tokens)
+    sums = _floats(key, splits, batch, heads, head_dim, head_dim)
+    key_sums = _floats(key, splits, batch, heads, head_dim)
+    kernels.state_kernel[(batch * heads, splits, launch.columns)](
+        key, value, _or(launch.scale, key), _or(launch.key_mask, key), _lengths(launch, key, launch.key_mask),
+        sums, key_sums, tokens, heads, chunk, key.stride(0), value.stride(0), launch.power,
+        HAS_MASK=launch.key_mask is not None, BLOCK_N=launch.block_n,
+        **_strides("K", key), **_strides("V", value), **launch.mapping, **launch.shared, **launch.product,
+    )  # fmt: skip
+    return sums, key_sums, splits
+
+
+def _lengths(launch: _Launch, x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """float32 [B, 3, N]: 1 / peak of every token and the lengths of its unit vector and of that vector's power."""
+    batch, tokens, heads, _ = x.shape
+    lengths = _floats(x, batch, 3, tokens)
+    kernels.statistics_kernel[(batch, triton.cdiv(tokens, _TOKENS_PER_LENGTHS_PROGRAM))](
+        x, _or(launch.scale, x), _or(key_mask, x), lengths, tokens, heads, x.stride(0), launch.power,
+        HAS_MASK=key_mask is not None, BLOCK_N=_TOKENS_PER_LENGTHS_PROGRAM,
+        SN=x.stride(1), SH=x.stride(2), SD=x.stride(3), **launch.mapping, **launch.shared,
+    )  # fmt: skip
+    return lengths
+
+
+def _reduce(
+    launch: _Launch,
+    sums: torch.Tensor,
+    vector_sums: torch.Tensor,
+    splits: int,
+    tokens: int,
+    matrix: torch.Tensor,
+    vector: torch.Tensor,
+    row_scale: torch.Tensor | None,
+) -> None:
+    kernels.reduce_kernel[(launch.batch * launch.heads, triton.cdiv(launch.head_dim, _REDUCED_ROWS))](
+        sums, vector_sums, _or(launch.counts, sums), matrix, vector, _or(row_scale, sums),
+        launch.heads, tokens, splits, HAS_MASK=launch.counts is not None, BACKWARD=row_scale is not None,
+        ROWS=_REDUCED_ROWS, **launch.shared,
+    )  # fmt: skip
+
+
+def _prepare(query: torch.Tensor, scale: torch.Tensor | None, key_mask: torch.Tensor | None, power: float) -> _Launch:
+    counts = None
+    if key_mask is not None:
+        key_mask = key_mask.contiguous()
+        counts = key_mask.sum(dim=1, dtype=torch.float32)
+    batch, _, heads, head_dim = query.shape
+    return _Launch(batch, heads, head_dim, power, scale, key_mask, counts, query.dtype, _processors(query.device))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETER_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _strides(name: str, x: torch.Tensor) -> dict[str, int]:
+    return {f"{name}N": x.stride(1), f"{name}H": x.stride(2), f"{name}D": x.stride(3)}
+
+
+def _floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
+    """A pointer for an argument its flag switches off."""
+    return unused if tensor is None else tensor
