@@ -1,0 +1,106 @@
+"""The token grid: read from what the model is really given, kept per attention module, exact under checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layer import ConvertedLayer
+
+ReadGrid = Callable[[nn.Module, torch.Tensor], tuple[int, int]]
+
+
+class GridHook:
+    """Forward pre-hook of the module that sees a picture's size: writes it to the attention layers below.
+
+    Args:
+        read: (module, tensor) -> (height, width) of the tokens.
+        argument, position: name and place in `forward` of the tensor that `read` wants.
+        layers: the converted layers whose tokens are that picture.
+    """
+
+    def __init__(self, read: ReadGrid, argument: str, position: int, layers: Sequence[ConvertedLayer]) -> None:
+        self.read = read
+        self.argument = argument
+        self.position = position
+        self.layers = list(layers)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensor = args[self.position] if len(args) > self.position else kwargs[self.argument]
+        if any(layer.enabled or layer.observed for layer in self.layers):
+            grid = self.read(module, tensor)
+            for layer in self.layers:
+                layer.grid = grid
+        # A compiled graph has the grid inside and recomputes without Python: only eager checkpoints need replaying.
+        if not torch.compiler.is_compiling() and getattr(module, "gradient_checkpointing", False):
+            checkpoint: Any = module._gradient_checkpointing_func
+            if not isinstance(checkpoint, GridCheckpoint):
+                module._gradient_checkpointing_func = GridCheckpoint(checkpoint, self.layers)  # type: ignore[assignment]
+
+
+class GridCheckpoint:
+    """A module's checkpointing function, made to recompute under the grids its forward pass ran with.
+
+    Without it, two sizes (or `disabled()`) between a forward pass and its backward would be mixed up.
+    """
+
+    def __init__(self, function: Callable[..., Any], layers: Sequence[ConvertedLayer]) -> None:
+        self.function = function
+        self.layers = list(layers)
+
+    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.function(block, *args, **kwargs)
+        return self.function(_Replay(block, self.layers), *args, **kwargs)
+
+
+class _Replay:
+    """Calls a block with the layers' state as it was when this object was made."""
+
+    def __init__(self, block: Callable[..., Any], layers: Sequence[ConvertedLayer]) -> None:
+        self.block = block
+        self.layers = layers
+        self.states = [(layer.grid, layer.enabled) for layer in layers]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        current = [(layer.grid, layer.enabled) for layer in self.layers]
+        self._set(self.states)
+        try:
+            return self.block(*args, **kwargs)
+        finally:
+            self._set(current)
+
+    def _set(self, states: Sequence[tuple[tuple[int, int] | None, bool]]) -> None:
+        for layer, (grid, enabled) in zip(self.layers, states, strict=True):
+            layer.grid, layer.enabled = grid, enabled
+
+
+class GuardHook:
+    """Forward pre-hook of the model: a converted layer whose processor was replaced must not fall back silently."""
+
+    def __init__(self, layers: Sequence[tuple[nn.Module, ConvertedLayer]], expected: type) -> None:
+        self.layers = list(layers)
+        self.expected = expected
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        for attn, layer in self.layers:
+            if not isinstance(attn.processor, self.expected):
+                raise RuntimeError(
+                    f"{layer.name}: its processor was replaced by {type(attn.processor).__name__} after linearize: "
+                    "undo that, or call restore() and convert again."
+                )
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Take every hook of this module, and every wrapped checkpointing function, off `model`."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, (GridHook, GuardHook)):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, GridCheckpoint):
+            module._gradient_checkpointing_func = checkpoint.function  # type: ignore[assignment]
