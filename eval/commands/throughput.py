@@ -1,0 +1,199 @@
+"""`flatten-eval throughput`: how fast, against softmax and against no attention at all."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flatten_diffusion import AdapterConfig
+
+from ..architectures import ARCHITECTURES, build_model
+from ..errors import InputError
+from ..operator_throughput import measure_operator
+from ..pipelines import DTYPES, apply_adapter, denoiser, load_pipeline
+from ..plot import require_matplotlib, throughput_png, write_plot
+from ..processes import resolve_device
+from ..throughput import ThroughputOptions, crossover, measure_model
+from ..versions import environment
+from .generate import size
+from .options import positive
+from .outcome import Outcome, number, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure, where and how long."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--arch", choices=tuple(ARCHITECTURES), help="full size, random weights, no download")
+    source.add_argument("--pipeline", metavar="ID", help="the denoiser of this pipeline (hub id, folder, or scenes)")
+    source.add_argument("--op", action="store_true", help="the operator alone, with bytes moved over copy bandwidth")
+    parser.add_argument("--adapter", metavar="PATH", help="saved adapter for --pipeline (default: a fresh conversion)")
+    parser.add_argument(
+        "--sizes", type=size, nargs="+", metavar="PIXELS|WxH", default=[(512, 512), (1024, 1024)], help="(512 1024)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images at once (default 1)")
+    parser.add_argument("--no-guidance", action="store_true", help="one forward sample per image, not two")
+    parser.add_argument("--steps", type=positive, metavar="N", help="for seconds per image (default: the authors')")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="(default float32)")
+    parser.add_argument("--kernel-size", type=int, default=5, metavar="K", help="of the convolution (default 5)")
+    parser.add_argument("--compile", action="store_true", help="also under torch.compile")
+    parser.add_argument("--fewer", action="store_true", help="default SDPA and the fast backends only")
+    parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="interleaved rounds (default 10)")
+    parser.add_argument("--warmup", type=int, default=1, metavar="N", help="untimed calls of each (default 1)")
+    parser.add_argument("--seconds", type=float, default=120.0, metavar="S", help="of rounds per size (default 120)")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="write a PNG plot")
+    group = parser.add_argument_group("with --op")
+    group.add_argument("--tokens", type=positive, nargs="+", default=[1024, 4096, 16384], metavar="N")
+    group.add_argument("--heads", type=positive, default=8, metavar="H", help="(default 8)")
+    group.add_argument("--head-dim", type=positive, default=40, metavar="D", help="(default 40)")
+
+
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Measures and formats."""
+    if arguments.plot is not None:
+        require_matplotlib()
+        if arguments.op:
+            raise InputError("--plot draws seconds per step; it does not go with --op")
+    if arguments.adapter is not None and arguments.pipeline is None:
+        raise InputError("--adapter belongs to --pipeline; --arch and --op have random weights")
+    if arguments.kernel_size < 0 or (arguments.kernel_size and arguments.kernel_size % 2 == 0):
+        raise InputError(f"--kernel-size {arguments.kernel_size}: needs an odd number, or 0 for no convolution")
+    device = resolve_device(arguments.device)
+    torch.manual_seed(arguments.seed)
+    return _run_operator(arguments, device) if arguments.op else _run_model(arguments, device)
+
+
+def _run_model(arguments: argparse.Namespace, device: torch.device) -> Outcome:
+    model, adapter, options = _subject(arguments, device)
+    config = AdapterConfig(kernel_size=arguments.kernel_size)
+    sizes = sorted(arguments.sizes, key=lambda pair: pair[0] * pair[1])
+    results = measure_model(model, sizes, device, options, config, adapter)
+    if all(variant["median"] is None for row in results for variant in row["variants"].values()):
+        first = next(iter(results[0]["variants"].values()))["failure"]
+        raise InputError(f"nothing could be measured: {first}")
+    crossovers = {"eager": crossover(results)}
+    if options.compiled:
+        crossovers["compiled"] = crossover(results, " (compiled)")
+    name = arguments.arch or arguments.pipeline
+    title = f"{name}, {arguments.dtype}, batch {options.batch}, {environment(device)['device_name']}"
+    if arguments.plot is not None:
+        write_plot(arguments.plot, throughput_png(results, title))
+    result: dict[str, Any] = {
+        "command": "throughput",
+        "subject": name,
+        "dtype": arguments.dtype,
+        "batch": options.batch,
+        "guidance_batches": options.guidance_batches,
+        "steps": options.steps,
+        "sizes": results,
+        "crossover": crossovers,
+        "environment": environment(device),
+    }
+    return Outcome(format_throughput(result), result)
+
+
+def _subject(arguments: argparse.Namespace, device: torch.device) -> tuple[torch.nn.Module, Any, ThroughputOptions]:
+    adapter: Any = None
+    steps, guidance, compression = 50, 2, 8
+    if arguments.arch is not None:
+        architecture = ARCHITECTURES[arguments.arch]
+        steps, guidance = architecture.steps, architecture.guidance_batches
+        model = build_model(arguments.arch, device, DTYPES[arguments.dtype])
+    else:
+        pipeline = load_pipeline(arguments.pipeline, dtype=arguments.dtype, device=device, offline=arguments.offline)
+        model = denoiser(pipeline)
+        compression = int(getattr(pipeline, "vae_scale_factor", compression))
+        if arguments.adapter is not None:
+            adapter = apply_adapter(pipeline, arguments.adapter, arguments.offline)
+    options = ThroughputOptions(
+        batch=arguments.batch_size,
+        guidance_batches=1 if arguments.no_guidance else guidance,
+        steps=arguments.steps or steps,
+        rounds=arguments.rounds,
+        warmup=arguments.warmup,
+        seconds=arguments.seconds,
+        compiled=arguments.compile,
+        all_backends=not arguments.fewer,
+        compression=compression,
+        seed=arguments.seed,
+    )
+    return model, adapter, options
+
+
+def _run_operator(arguments: argparse.Namespace, device: torch.device) -> Outcome:
+    measured = measure_operator(
+        arguments.tokens,
+        device,
+        DTYPES[arguments.dtype],
+        batch=arguments.batch_size,
+        heads=arguments.heads,
+        head_dim=arguments.head_dim,
+        kernel_size=arguments.kernel_size,
+        rounds=arguments.rounds,
+        warmup=arguments.warmup,
+        seconds=arguments.seconds,
+        compiled=arguments.compile,
+        seed=arguments.seed,
+    )
+    result = {
+        "command": "throughput",
+        "subject": "operator",
+        "dtype": arguments.dtype,
+        "batch": arguments.batch_size,
+        "heads": arguments.heads,
+        "head_dim": arguments.head_dim,
+        "kernel_size": arguments.kernel_size,
+        **measured,
+        "environment": environment(device),
+    }
+    rows = [
+        [
+            f"{row['tokens']}  {name}",
+            number(_milliseconds(variant.get("median")), 4) if not variant["failure"] else variant["failure"][:60],
+            number(variant.get("speedup_over_sdpa"), 3),
+            number(_percent(variant.get("of_copy_bandwidth")), 3),
+        ]
+        for row in measured["tokens"]
+        for name, variant in row["variants"].items()
+    ]
+    text = table(["tokens  variant", "ms", "x over sdpa", "% of copy"], rows)
+    text += f"\n\ncopy bandwidth: {measured['copy_bytes_per_second'] / 1e9:.1f} GB/s"
+    return Outcome(text, result)
+
+
+def format_throughput(result: dict[str, Any]) -> str:
+    """One table over sizes and variants, and the crossover."""
+    rows = [
+        [
+            f"{row['width']}x{row['height']}  {name}",
+            number(variant["seconds_per_step"], 4) if variant["failure"] is None else variant["failure"][:60],
+            number(variant["seconds_per_image"], 4),
+            number(variant["speedup_over_sdpa"], 3),
+            number(variant["ratio_to_floor"], 3),
+            number(_mebibytes(variant["peak_bytes"]), 5),
+        ]
+        for row in result["sizes"]
+        for name, variant in row["variants"].items()
+    ]
+    lines = [
+        table(["size  variant", "s/step", "s/image", "x over sdpa", "x floor", "peak MiB"], rows),
+        "",
+        f"{result['subject']}, {result['dtype']}, batch {result['batch']} x {result['guidance_batches']}, "
+        f"{result['steps']} steps, {result['environment']['device_name']} (the denoiser alone)",
+    ]
+    lines += [f"crossover ({mode}): {entry['verdict']}" for mode, entry in result["crossover"].items()]
+    return "\n".join(lines)
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1000
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else share * 100
+
+
+def _mebibytes(count: int | None) -> float | None:
+    return None if count is None else count / 2**20

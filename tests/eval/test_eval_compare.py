@@ -1,0 +1,154 @@
+"""The compare command and its report, looked at in a real browser where one is installed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval.cli import main
+from eval.paired import Pair
+from eval.report import worst_first
+
+Run = Callable[..., dict[str, Any]]
+Fail = Callable[..., tuple[int, str]]
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = "a <script>alert(1)</script> & 'cat'"
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_pipeline: Path, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra eval)")
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ("a dog", HOSTILE, "b", "c")))
+    arguments = [
+        "compare", tiny_pipeline, "--adapter", tiny_adapter, "--prompts", folder / "prompts.jsonl", "--steps", 2,
+        "--speed-sizes", 32, 64, "--rounds", 1, "--report-pairs", 3, "--output", folder / "out", "--device", "cpu",
+        "--offline", "--json", folder / "result.json",
+    ]  # fmt: skip
+    assert main([*map(str, arguments)]) == 0
+    return folder
+
+
+def test_the_result_holds_everything(compared: Path) -> None:
+    found = json.loads((compared / "result.json").read_text())
+    assert found == json.loads((compared / "out" / "compare.json").read_text())
+    assert found["quality"]["extractor"]["name"] == "pixels" and found["quality"]["count"] == 4
+    assert found["quality"]["baseline"] is None and found["quality"]["frechet_distance"] > 0
+    assert "fid" not in found["quality"]
+    assert found["paired"]["pairs"] == len(found["pairs"]) == 4 and 0 < found["paired"]["ssim"] < 1
+    assert found["paired"]["lpips"] is None and found["paired"]["lpips_not_available"]
+    assert [row["width"] for row in found["speed"]] == [32, 64]
+    assert set(found["speed"][0]["variants"]) == {"sdpa", "linear:eager", "floor"}
+    assert len(list((compared / "out" / "original").glob("*.png"))) == 4
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_report_is_one_file_without_network(compared: Path) -> None:
+    source = (compared / "out" / "report.html").read_text()
+    page = Page()
+    page.feed(source)
+    sources = [attributes[key] for _, attributes in page.tags for key in ("src", "href") if key in attributes]
+    assert len(sources) == 2 * 3 + 2 and all(str(url).startswith("data:image/") for url in sources)
+    assert not re.search(r"https?://|url\(|@import", source)
+    assert HOSTILE in page.text and [tag for tag, _ in page.tags].count("script") == 1
+    assert any(attributes.get("name") == "viewport" for _, attributes in page.tags)
+    for word in ("Summary", "Pairs, worst first (3 of 4)", "SSIM to the original", "seconds per step, 64x64", "torch"):
+        assert word in page.text
+
+
+def test_worst_pairs_come_first(compared: Path) -> None:
+    found = json.loads((compared / "out" / "compare.json").read_text())
+    names = re.findall(r"<small>(\d+-\d+\.png)</small>", (compared / "out" / "report.html").read_text())
+    assert names == [pair["name"] for pair in sorted(found["pairs"], key=lambda pair: pair["ssim"])][:3]
+    pairs = [Pair("a", 1, 0.1, 0.2), Pair("b", 1, 0.9, 0.7)]
+    assert [pair.name for pair in worst_first(pairs)] == ["b", "a"]
+
+
+def browse(page: Path, *options: str, home: Path) -> subprocess.CompletedProcess[bytes]:
+    assert BROWSER is not None
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+        f"--user-data-dir={home}", *options, page.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, timeout=120)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [500, 1200])
+def test_the_report_in_a_browser(compared: Path, tmp_path: Path, width: int) -> None:
+    """Scripts run, every picture decodes, a slider moves the cut, and nothing is wider than the window."""
+    page = tmp_path / "probe.html"
+    probe = """
+    <script>addEventListener('load',()=>{
+    const slide=document.querySelector('.slide'),input=slide.querySelector('input');
+    input.value=25;input.dispatchEvent(new Event('input'));
+    const data=document.documentElement.dataset;
+    data.cut=getComputedStyle(slide.querySelectorAll('img')[1]).clipPath;
+    data.broken=[...document.images].filter(i=>!i.naturalWidth).length;
+    data.overflow=document.documentElement.scrollWidth-document.documentElement.clientWidth;
+    })</script></body>"""
+    page.write_text((compared / "out" / "report.html").read_text().replace("</body>", probe))
+    dom = browse(page, f"--window-size={width},900", "--dump-dom", home=tmp_path / "home").stdout.decode()
+    root = re.search(r"<html[^>]*>", dom)
+    assert root is not None, dom[:500]
+    for fact in ('data-sliders="3"', 'data-broken="0"', 'data-overflow="0"', "25%"):
+        assert fact in root[0], root[0]
+    shot = tmp_path / "shot.png"
+    browse(page, f"--window-size={width},1600", f"--screenshot={shot}", home=tmp_path / "home")
+    with Image.open(shot) as image:
+        assert image.size[0] == width and np.asarray(image.convert("L")).std() > 5
+
+
+def test_real_pictures_set_original_and_converted_side_by_side(
+    compared: Path,
+    tiny_pipeline: Path,
+    tiny_adapter: Path,
+    make_images: Callable[..., Path],
+    tmp_path: Path,
+    run_json: Run,
+) -> None:
+    real = make_images("real", 4, 32, 32)
+    output = shutil.copytree(compared / "out", tmp_path / "out")
+    stamps = {path: path.stat().st_mtime_ns for path in output.rglob("*.png")}
+    found = run_json(
+        "compare", tiny_pipeline, "--adapter", tiny_adapter, "--prompts", compared / "prompts.jsonl", "--steps", 2,
+        "--speed-sizes", "--real", real, "--metrics", "kid", "--output", output,
+    )  # fmt: skip
+    assert found["quality"]["baseline"]["frechet_distance"] > 0 and found["quality"]["real"]["count"] == 4
+    assert found["speed"] == [] and "kid" in found["quality"]["baseline"]
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_wrong_use_is_one_line(
+    tiny_pipeline: Path, compared: Path, tmp_path: Path, run_error: Fail, make_images: Callable[..., Path]
+) -> None:
+    good = ("--prompts", compared / "prompts.jsonl", "--output", tmp_path / "out")
+    code, line = run_error("compare", tiny_pipeline, *good)
+    assert code == 2 and "compare needs --adapter" in line
+    code, line = run_error("compare", tiny_pipeline, *good, "--adapter", tmp_path, "--real", tmp_path / "absent")
+    assert code == 2 and "absent: does not exist" in line
+    code, line = run_error("compare", tiny_pipeline, *good, "--adapter", "x", "--extractor", "unknown")
+    assert code == 2 and "unknown extractor" in line
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval.errors import InputError
+from eval.paired import load_lpips, measure_pairs, psnr, ssim, summarise
+
+from .pieces import draw
+
+
+def noisy(picture: np.ndarray, strength: float) -> np.ndarray:
+    noise = np.random.default_rng(0).normal(0, strength, picture.shape)
+    return (picture + noise).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (11, 40), (37, 53)])
+def test_psnr_and_ssim_match_torchmetrics(height: int, width: int) -> None:
+    functional = pytest.importorskip("torchmetrics.functional.image", reason="torchmetrics is not installed")
+    x = draw(0, height, width)
+    y = noisy(x, 20)
+    a, b = (torch.from_numpy(z).permute(2, 0, 1)[None].double() for z in (x, y))
+    theirs = functional.peak_signal_noise_ratio(a, b, data_range=255.0)
+    assert psnr(x, y) == pytest.approx(float(theirs), rel=1e-6)
+    _, windows = functional.structural_similarity_index_measure(a, b, data_range=255.0, return_full_image=True)
+    # Theirs also averages windows that reach over the border, into a reflection; the paper's do not.
+    assert ssim(x, y) == pytest.approx(float(windows[..., 5:-5, 5:-5].mean()), rel=1e-6)
+
+
+def test_ssim_matches_the_definition_window_by_window() -> None:
+    x = draw(1, 13, 12)
+    y = noisy(x, 30)
+    axis = np.exp(-((np.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
+    window = np.outer(axis, axis) / np.outer(axis, axis).sum()
+    values = []
+    for channel in range(3):
+        for row in range(3):
+            for column in range(2):
+                p, q = (z[row : row + 11, column : column + 11, channel].astype(float) for z in (x, y))
+                mp, mq = (window * p).sum(), (window * q).sum()
+                vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+                c = (window * (p - mp) * (q - mq)).sum()
+                c1, c2 = 2.55**2, 7.65**2
+                values.append((2 * mp * mq + c1) * (2 * c + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
+    assert ssim(x, y) == pytest.approx(np.mean(values), rel=1e-10)
+
+
+def test_identical_and_too_small() -> None:
+    x = draw(0, 20, 20)
+    assert psnr(x, x) == math.inf and ssim(x, x) == pytest.approx(1, abs=1e-12)
+    with pytest.raises(InputError, match="at least 11x11"):
+        ssim(x[:10], x[:10])
+
+
+def test_pairs_of_folders(make_images: Callable[..., Path], tmp_path: Path) -> None:
+    original = make_images("original", 3)
+    other = shutil.copytree(original, tmp_path / "other")
+    picture = np.asarray(Image.open(other / "0001.png"))
+    Image.fromarray(noisy(picture, 40)).save(other / "0001.png")
+    pairs = measure_pairs(original, other)
+    assert [math.isinf(pair.psnr) for pair in pairs] == [True, False, True]
+    found = summarise(pairs, "absent")
+    assert found["identical_pairs"] == 2 and found["psnr"] == pairs[1].psnr
+    assert found["lpips"] is None and found["lpips_not_available"] == "absent"
+    measured = measure_pairs(original, other, lambda a, b: 0.25)
+    assert summarise(measured, None)["lpips"] == 0.25
+    Image.new("RGB", (28, 21)).save(other / "0002.png")
+    with pytest.raises(InputError, match="0002.png: 28x20 in .* but 28x21"):
+        measure_pairs(original, other)
+    (other / "0002.png").unlink()
+    with pytest.raises(InputError, match="1 pictures have no partner .*0002.png"):
+        measure_pairs(original, other)
+
+
+def test_lpips_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    measure, reason = load_lpips(torch.device("cpu"), offline=False)
+    assert measure is None and reason is not None and "cannot be imported" in reason
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert "--offline" in str(load_lpips(torch.device("cpu"), offline=True)[1])
