@@ -245,7 +245,9 @@ def _random_crops(pictures: torch.Tensor, count: int, crop: int, device: torch.d
     return _to_model_range(torch.stack(crops), device)
 
 
-def cached_latents(args: argparse.Namespace, accelerator: Accelerator, vae: AutoencoderKL) -> tuple[torch.Tensor, list[str]]:
+def cached_latents(
+    args: argparse.Namespace, accelerator: Accelerator, vae: AutoencoderKL
+) -> tuple[torch.Tensor, list[str]]:
     """Scaled latents [num_scenes, C, h, w] of freshly drawn scenes and their captions, cached in output_dir."""
     captions = sample_captions(args.num_scenes, args.seed + 1, held_out=False)
     path = args.output_dir / "latents.safetensors"
@@ -306,7 +308,8 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, pipeline:
         noise = torch.randn_like(clean)
         # Stratified over the batch: the loss is less noisy than with independent draws.
         strata = (torch.arange(len(chosen)) + torch.rand(len(chosen))) / len(chosen)
-        timesteps = (strata * scheduler.config.num_train_timesteps).long().to(accelerator.device)
+        # The power leans towards high noise, where it is decided what stands where; fine detail is learned sooner.
+        timesteps = (strata**0.6 * scheduler.config.num_train_timesteps).long().to(accelerator.device)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = scheduler.get_velocity(clean, noise, timesteps)
         for group in optimizer.param_groups:
@@ -353,7 +356,8 @@ def _validate(
     captions = sample_captions(args.num_validation_images, 99, held_out=True)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(args.seed)
-    images = pipeline(captions, num_inference_steps=20, guidance_scale=3.0, generator=generator).images
+    with torch.compiler.set_stance("force_eager"):  # other batch sizes would each be compiled anew
+        images = pipeline(captions, num_inference_steps=20, guidance_scale=3.0, generator=generator).images
     ema.restore(denoiser.parameters())
     accuracy = sum(fact_accuracy(image, caption) for image, caption in zip(images, captions, strict=True)) / len(images)
     logger.info(f"step {step}: fact accuracy {accuracy:.3f} on {len(images)} unseen captions")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import shutil
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -125,3 +130,40 @@ def build_pipeline(resolution: int = 128, seed: int = 0) -> StableDiffusionPipel
             feature_extractor=None,
             requires_safety_checker=False,
         )
+
+
+def export_pipeline(pipeline: StableDiffusionPipeline, folder: str | os.PathLike[str]) -> None:
+    """Write a pipeline for shipping: float16 weights, and vocabulary files that transformers 4 reads as well.
+
+    Args:
+        pipeline: left as it is.
+        folder: replaced whole, once everything is written.
+    """
+    target = Path(folder)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    parts = {name: copy.deepcopy(getattr(pipeline, name)).half() for name in ("vae", "text_encoder", "unet")}
+    half = type(pipeline)(
+        **parts,
+        tokenizer=pipeline.tokenizer,
+        scheduler=pipeline.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    half.save_pretrained(partial, safe_serialization=True)
+    _write_for_transformers_4(pipeline, partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def _write_for_transformers_4(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    # The names that published CLIP checkpoints use; transformers 5 drops the prefix but reads both.
+    prefixed = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in tensors.items()}
+    save_file(prefixed, weights, metadata={"format": "pt"})
+    model = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())["model"]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])]
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

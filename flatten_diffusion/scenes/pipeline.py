@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import StableDiffusionPipeline
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 PIPELINE_DIR = Path(__file__).parent / "weights"
 # The distilled adapter that belongs to it, for `load_adapter`.
@@ -25,6 +28,8 @@ def load_scenes_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiff
     Raises:
         FileNotFoundError: the installed package lacks the pipeline's files.
     """
+    from diffusers import StableDiffusionPipeline  # heavy, and drawing or checking scenes does not need it
+
     if not (PIPELINE_DIR / "model_index.json").is_file():
         raise FileNotFoundError(f"no scenes pipeline in {PIPELINE_DIR}: reinstall flatten-diffusion")
     return StableDiffusionPipeline.from_pretrained(

@@ -43,7 +43,7 @@ def layout(spec: SceneSpec, rng: random.Random) -> list[Placed]:
         "matching": _pair_places,
         "mirrored": _mirrored_places,
     }[spec.kind](spec, rng)
-    radii = {"single": (0.2, 0.3), "count": (0.125, 0.16)}.get(spec.kind, (0.135, 0.185))
+    radii = {"single": (0.26, 0.36), "count": (0.155, 0.18)}.get(spec.kind, (0.17, 0.2))
     radius = rng.uniform(*radii)
     placed = []
     open_colour = rng.choice(list(COLOURS))
@@ -56,20 +56,20 @@ def layout(spec: SceneSpec, rng: random.Random) -> list[Placed]:
 
 
 def _single_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, float]]:
-    return [(rng.uniform(0.36, 0.64), rng.uniform(0.36, 0.64))]
+    return [(rng.uniform(0.42, 0.58), rng.uniform(0.42, 0.58))]
 
 
 def _count_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, float]]:
     corners = {
-        2: [(0.27, 0.5), (0.73, 0.5)],
-        3: [(0.27, 0.3), (0.73, 0.3), (0.5, 0.72)],
-        4: [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)],
+        2: [(0.265, 0.5), (0.735, 0.5)],
+        3: [(0.265, 0.29), (0.735, 0.29), (0.5, 0.71)],
+        4: [(0.265, 0.265), (0.735, 0.265), (0.265, 0.735), (0.735, 0.735)],
     }[spec.count]
-    return [(x + rng.uniform(-0.05, 0.05), y + rng.uniform(-0.05, 0.05)) for x, y in corners]
+    return [(x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02)) for x, y in corners]
 
 
 def _relation_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, float]]:
-    distance, drift = rng.uniform(0.215, 0.27), rng.uniform(-0.1, 0.1)
+    distance, drift = rng.uniform(0.235, 0.265), rng.uniform(-0.1, 0.1)
     sign = -1 if spec.relation in ("left of", "above") else 1
     near, far = 0.5 + sign * distance, 0.5 - sign * distance
     if spec.relation in ("left of", "right of"):
@@ -78,13 +78,13 @@ def _relation_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, f
 
 
 def _pair_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, float]]:
-    angle, distance = rng.uniform(0, math.pi), rng.uniform(0.23, 0.28)
+    angle, distance = rng.uniform(0, math.pi), rng.uniform(0.24, 0.265)
     dx, dy = distance * math.cos(angle), distance * math.sin(angle)
     return [(0.5 - dx, 0.5 - dy), (0.5 + dx, 0.5 + dy)]
 
 
 def _mirrored_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, float]]:
-    distance, y = rng.uniform(0.215, 0.28), rng.uniform(0.3, 0.7)
+    distance, y = rng.uniform(0.235, 0.265), rng.uniform(0.3, 0.7)
     return [(0.5 - distance, y), (0.5 + distance, y)]
 
 

@@ -1,0 +1,67 @@
+"""The training script of the embedded pipeline, run whole at a toy size: it ends, resumes, and refuses wrong use."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", minversion="5", reason="the tokenizer is built with transformers 5")
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_scenes.py"
+
+
+def run(monkeypatch, *arguments):
+    spec = importlib.util.spec_from_file_location("train_scenes", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_scenes", module)  # worker processes find its functions by this name
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", ["train_scenes.py", *map(str, arguments)])
+    module.main()
+
+
+def toy(folder, *more):
+    sizes = ["--resolution", 32, "--vae_crop", 32, "--num_scenes", 24, "--vae_batch_size", 2, "--train_batch_size", 2]
+    steps = ["--vae_train_steps", 3, "--checkpointing_steps", 2, "--validation_steps", 100]
+    return ["--output_dir", folder, *sizes, *steps, *more]
+
+
+def test_all_stages_leave_a_pipeline_that_loads_and_draws(monkeypatch, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    run(monkeypatch, *toy(tmp_path, "--max_train_steps", 2))
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle on a white background", num_inference_steps=2).images[0].size == (32, 32)
+    assert not list(tmp_path.glob("*.partial"))
+    assert (tmp_path / "decoder-checkpoints" / "checkpoint-2").is_dir()
+
+
+def test_a_second_run_continues_from_the_newest_checkpoint(monkeypatch, tmp_path):
+    run(monkeypatch, *toy(tmp_path, "--max_train_steps", 2, "--stages", "vae,denoiser"))
+    assert json.loads((tmp_path / "training.json").read_text())["steps"] == 2
+    latents = (tmp_path / "latents.safetensors").read_bytes()
+    for file in (tmp_path / "pipeline").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    run(monkeypatch, *toy(tmp_path, "--max_train_steps", 4, "--stages", "denoiser"))
+    assert json.loads((tmp_path / "training.json").read_text())["steps"] == 4
+    assert (tmp_path / "latents.safetensors").read_bytes() == latents
+    assert sorted(path.name for path in (tmp_path / "denoiser-checkpoints").iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+
+
+@pytest.mark.parametrize("wrong", [["--stages", "unet"], ["--resolution", 100], ["--vae_crop", 12]])
+def test_wrong_use_is_refused_before_anything_runs(monkeypatch, tmp_path, wrong, capsys):
+    with pytest.raises(SystemExit) as raised:
+        run(monkeypatch, "--output_dir", tmp_path / "out", *wrong)
+    assert raised.value.code == 2
+    assert wrong[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_denoiser_needs_an_autoencoder(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="no trained autoencoder"):
+        run(monkeypatch, *toy(tmp_path, "--stages", "denoiser"))
