@@ -4,7 +4,8 @@
 
 Killed at any moment, the same command goes on from the newest checkpoint. Two CPU cores need about an hour and a half
 at --resolution 128; with a CUDA GPU use --resolution 512. The pictures are drawn by flatten_diffusion.scenes as
-training goes; captions that `is_held_out` are never trained on.
+training goes; captions that `is_held_out` are never trained on. output_dir/pipeline is the trained pipeline,
+output_dir/export the same in float16, as it ships in flatten_diffusion/scenes/weights.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from flatten_diffusion.scenes.build import build_pipeline
+from flatten_diffusion.scenes.build import build_pipeline, export_pipeline
 from flatten_diffusion.scenes.check import fact_accuracy
 from flatten_diffusion.scenes.grammar import sample_captions
 from flatten_diffusion.scenes.render import render
@@ -181,6 +182,20 @@ def train_decoder(args: argparse.Namespace, accelerator: Accelerator, pipeline: 
     accelerator.wait_for_everyone()
 
 
+class Autoencoder(torch.nn.Module):
+    """Encode, sample, decode as one forward pass, so that several processes exchange their gradients."""
+
+    def __init__(self, vae: AutoencoderKL, decoder_only: bool) -> None:
+        super().__init__()
+        self.vae, self.decoder_only = vae, decoder_only
+
+    def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, 3, side, side] in -1..1 -> the same decoded, posterior mean and log variance (float32)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
+            posterior = self.vae.encode(pictures).latent_dist
+        return self.vae.decode(posterior.sample()).sample, posterior.mean.float(), posterior.logvar.float()
+
+
 def _train_autoencoder(
     args: argparse.Namespace, accelerator: Accelerator, vae: AutoencoderKL, decoder_only: bool
 ) -> torch.Tensor:
@@ -193,7 +208,7 @@ def _train_autoencoder(
         part.requires_grad_(not decoder_only)
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.vae_learning_rate, weight_decay=0.0)
-    model, optimizer = accelerator.prepare(vae, optimizer)
+    model, optimizer = accelerator.prepare(Autoencoder(vae, decoder_only), optimizer)
     progress = Progress(args.vae_train_steps, args.max_train_seconds)
     accelerator.register_for_checkpointing(progress)
     checkpoints = Checkpoints(accelerator, args.output_dir / f"{stage}-checkpoints", args.checkpoints_total_limit)
@@ -206,15 +221,12 @@ def _train_autoencoder(
         batch = _random_crops(pictures, count, crop, accelerator.device)
         for group in optimizer.param_groups:
             group["lr"] = progress.learning_rate(args.vae_learning_rate, args.lr_warmup_steps)
-        with accelerator.autocast(), torch.set_grad_enabled(not decoder_only):
-            posterior = accelerator.unwrap_model(model).encode(batch).latent_dist
         with accelerator.autocast():
-            decoded = accelerator.unwrap_model(model).decode(posterior.sample()).sample
+            decoded, mean, log_variance = model(batch)
         error = decoded.float() - batch
         # Objects cover little of a picture: coloured pixels count more, or colour is learned last.
         weight = 1 + 3 * (batch.amax(1, keepdim=True) - batch.amin(1, keepdim=True))
         reconstruction = ((error.abs() + error.square()) * weight).mean() / weight.mean()
-        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         accelerator.backward(reconstruction + args.kl_weight * kl)
         accelerator.clip_grad_norm_(trained, args.max_grad_norm)
@@ -399,6 +411,8 @@ def main() -> None:
         pipeline = StableDiffusionPipeline.from_pretrained(trained_pipeline)
         accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.report_to)
         train_decoder(args, accelerator, pipeline)
+    if accelerator.is_main_process and (trained_pipeline / "model_index.json").exists():
+        export_pipeline(StableDiffusionPipeline.from_pretrained(trained_pipeline), args.output_dir / "export")
     accelerator.end_training()
 
 

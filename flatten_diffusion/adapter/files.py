@@ -144,7 +144,7 @@ def _describe(adapter: Adapter, digest: str) -> dict[str, Any]:
         "flatten_diffusion_version": __version__,
         "base_model": {
             "class": type(model).__name__,
-            "fingerprint": fingerprint(model),
+            "fingerprint": adapter.base_fingerprint(),
             "name_or_path": _hub_name(model),
         },
         "config": adapter.config.to_dict(),

@@ -15,6 +15,7 @@ from ..mixers import Mixer
 from ..models import LAYER, MIXER, ConvertedLayer, FocusedLinearAttnProcessor, survey
 from ..ops import BACKENDS
 from .config import AdapterConfig
+from .fingerprint import fingerprint
 from .report import LayerReport, Report
 
 ADAPTER = "flatten_adapter"
@@ -36,6 +37,7 @@ class Adapter:
         self._layers = list(mixers)
         self._disabled = 0
         self._merged: list[Any] = []
+        self._base_fingerprint = ""
 
     @property
     def model(self) -> nn.Module:
@@ -115,7 +117,8 @@ class Adapter:
 
         Raises:
             RuntimeError: merged already, or inside `disabled`.
-            ValueError: nothing to merge, fused or quantised projections. Nothing is changed then.
+            ValueError: nothing to merge, fused or quantised projections, or `min_tokens` is set (smaller calls stay
+                softmax and need the base weights). Nothing is changed then.
         """
         from .merge import merge  # merge needs this module
 
@@ -123,7 +126,13 @@ class Adapter:
             raise RuntimeError("The adapter is merged already.")
         if self._disabled:
             raise RuntimeError("The adapter is disabled: call merge() outside disabled().")
+        base = fingerprint(self.model)
         self._merged = merge(self)
+        self._base_fingerprint = base
+
+    def base_fingerprint(self) -> str:
+        """`fingerprint` of the model without this adapter; a merge may add biases, which are left out."""
+        return self._base_fingerprint if self._merged else fingerprint(self.model)
 
     def unmerge(self) -> None:
         """Take the deltas out again: the very base weights come back, bit for bit. Does nothing when not merged."""

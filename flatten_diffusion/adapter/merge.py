@@ -20,6 +20,8 @@ def merge(adapter: Adapter) -> Originals:
     """See `Adapter.merge`. Everything is checked before the first weight changes."""
     pairs: list[tuple[nn.Module, ProjectionDelta]] = []
     for name, attn in adapter.attention_modules():
+        if getattr(attn, LAYER).min_tokens:
+            raise ValueError(f"{name} stays softmax on small calls (min_tokens), and they need the base weights.")
         if getattr(attn, "fused_projections", False):
             raise ValueError(f"{name} has fused projections: call unfuse_qkv_projections() before merge().")
         for key, delta in getattr(attn, MIXER).deltas.items():

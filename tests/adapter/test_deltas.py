@@ -99,6 +99,8 @@ def test_merge_and_back(tmp_path: Path, name: str) -> None:
     adapter.save_pretrained(tmp_path / "merged")
     files = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("apart", "merged")]
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    fresh = build(name)
+    load_adapter(fresh.model, tmp_path / "merged")  # the fingerprint is the base model's, merged biases or not
     adapter.unmerge()
     assert torch.equal(tiny(), apart)
     adapter.merge()
@@ -121,6 +123,16 @@ def test_merge_is_refused_before_anything_changes() -> None:
     last = list(adapter.attention_modules())[-1][1]
     last.to_q = nn.Sequential(last.to_q)
     with pytest.raises(ValueError, match="Sequential"):
+        adapter.merge()
+    assert torch.equal(tiny(), expected)
+
+
+def test_merge_is_refused_where_small_calls_stay_softmax() -> None:
+    tiny = build("sd15")
+    adapter = linearize(tiny.model, AdapterConfig(min_tokens=100))
+    adapter.add_deltas(ALL, None)
+    expected = tiny()
+    with pytest.raises(ValueError, match="min_tokens"):
         adapter.merge()
     assert torch.equal(tiny(), expected)
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", minversion="5", reason="the tokenizer is built with transformers 5")
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_scenes.py"
@@ -30,7 +31,7 @@ def test_all_stages_leave_a_pipeline_that_loads_and_draws(monkeypatch, tmp_path)
     from diffusers import StableDiffusionPipeline
 
     run(monkeypatch, *toy(tmp_path, "--max_train_steps", 2))
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "export", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red circle on a white background", num_inference_steps=2).images[0].size == (32, 32)
     assert not list(tmp_path.glob("*.partial"))
