@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import date
 from pathlib import Path
 
+import diffusers
 import psutil
 import torch
 from diffusers import StableDiffusionPipeline
@@ -41,9 +44,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--large", type=int, default=1024, help="side in pixels of the large timing")
     parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each kind, taken in turn")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the table's numbers here too")
     args = parser.parse_args()
     if not args.output.parent.is_dir():
         parser.error(f"--output: there is no folder {args.output.parent}")
@@ -126,6 +130,14 @@ def draw_all(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> list[Im
     ).images
 
 
+def _processor_name() -> str:
+    """The CPU's model name where Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def two_rows(above: list[Image.Image], below: list[Image.Image], labels: tuple[str, str]) -> Image.Image:
     side, margin, label = 256, 8, 26
     sheet = Image.new("RGB", (len(above) * (side + margin) + margin, 2 * (side + label) + margin), "white")
@@ -184,6 +196,23 @@ def main() -> None:
             f"{memory['original']:>10.0f} {memory['converted']:>10.0f}"
         )
     print(f"\nBoth rows of pictures: {args.output.resolve()}")
+    if args.json:
+        table = [
+            {"pixels": side, "seconds_per_step": seconds_of, "extra_memory_mib": memory}
+            for side, seconds_of, memory in rows
+        ]
+        versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+        result = {
+            "command": "python examples/quickstart.py --json quickstart.json",
+            "converted_layers": adapter.layers,
+            "distilled": distilled,
+            "rows": table,
+            "versions": versions,
+            "hardware": where,
+            "processor": _processor_name(),
+            "date": date.today().isoformat(),
+        }
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""Picture sizes that share a batch: each picture goes to the bucket whose aspect ratio is nearest to its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageOps
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+def make_buckets(resolution: int, step: int, widest: float = 2.0) -> list[Size]:
+    """The square of side `resolution`, and shapes of about its area up to the aspect ratio `widest`, both ways.
+
+    Sides are multiples of `step` pixels. Raises ValueError when `resolution` is not one itself.
+    """
+    check_sizes([(resolution, resolution)], step)
+    buckets = {(resolution, resolution)}
+    for width in range(resolution, int(resolution * math.sqrt(widest)) + step, step):
+        height = int(resolution * resolution / width / step) * step
+        if height and width / height <= widest:
+            buckets |= {(height, width), (width, height)}
+    return sorted(buckets, key=lambda size: size[1] / size[0])
+
+
+def parse_sizes(text: str) -> list[Size]:
+    """ "512x512,384x640" (height x width) -> sizes. Raises ValueError for anything else."""
+    sizes = []
+    for part in text.split(","):
+        height, separator, width = part.strip().partition("x")
+        if not separator or not height.isdecimal() or not width.isdecimal():
+            raise ValueError(f"Size {part.strip()!r} is not HEIGHTxWIDTH in pixels, such as 512x768.")
+        sizes.append((int(height), int(width)))
+    return sizes
+
+
+def check_sizes(sizes: Sequence[Size], step: int) -> None:
+    """Raise ValueError unless every side is a positive multiple of `step`."""
+    for height, width in sizes:
+        if height <= 0 or width <= 0 or height % step or width % step:
+            raise ValueError(f"{height}x{width} pixels do not fit this model: both sides must be multiples of {step}.")
+
+
+def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
+    """The bucket whose aspect ratio is nearest to that of `size` on a logarithmic scale."""
+    wanted = math.log(size[1] / size[0])
+    return min(buckets, key=lambda bucket: abs(math.log(bucket[1] / bucket[0]) - wanted))
+
+
+def to_pixels(image: Image.Image, size: Size) -> torch.Tensor:
+    """[3, height, width] in [-1, 1]: turned as its EXIF says, resized to cover `size`, cut around the middle."""
+    upright = ImageOps.exif_transpose(image) or image
+    height, width = size
+    fitted = ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).reshape(height, width, 3)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1

@@ -1,0 +1,307 @@
+"""Latents and prompt embeddings on disk: safetensors shards, written whole, reused only by the very same settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from .buckets import Size, nearest_bucket, to_pixels
+from .conditioning import Conditioning, encode_prompts
+from .latents import draw_latents, encode_pictures
+from .sources import Example
+
+logger = logging.get_logger(__name__)
+
+_VERSION = 1
+_LATENTS, _INDEX, _BROKEN = "latents", "index", "broken"
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What a cache depends on besides the examples and the pipeline.
+
+    Attributes:
+        buckets: (height, width) in pixels; each picture goes to the nearest aspect ratio, drawn ones take turns.
+        draw_steps, guidance_scale, seed: how the teacher draws latents for prompts without pictures.
+        shard_size: examples per file.
+        batch_size: pictures encoded or drawn at once.
+    """
+
+    buckets: tuple[Size, ...]
+    draw_steps: int = 20
+    guidance_scale: float = 3.0
+    seed: int = 0
+    shard_size: int = 256
+    batch_size: int = 8
+
+
+class LatentCache(Dataset[dict[str, torch.Tensor]]):
+    """Cached examples. Item i holds "latents" [C, h, w] and the rows of its conditioning.
+
+    Attributes:
+        sizes: (height, width) in pixels of each example.
+        null: per size, the conditioning of the empty prompt (one row).
+        broken: "name: reason" of every picture that was skipped.
+
+    Raises:
+        ValueError: no usable example.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sizes: list[Size] = []
+        self.broken: list[str] = []
+        self.null: dict[Size, Conditioning] = {}
+        self._rows: list[tuple[Path, str, int]] = []
+        self._open: dict[Path, Any] = {}
+        for path in sorted(folder.glob("shard-*.safetensors")):
+            self._add(path)
+        if not self._rows:
+            shown = "; ".join(self.broken[:3])
+            raise ValueError(f"None of the {len(self.broken)} pictures can be read ({shown}): check the data.")
+        with safe_open(folder / "null.safetensors", framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                bucket, _, name = key.partition("/")
+                self.null.setdefault(_size(bucket), {})[name] = file.get_tensor(key)
+
+    def _add(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            self.broken += json.loads(file.metadata()[_BROKEN])
+            rows = []
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                bucket, _, name = key.partition("/")
+                if name == _INDEX:
+                    indices = file.get_tensor(key).tolist()
+                    rows += [(index, bucket, row) for row, index in enumerate(indices)]
+        for _, bucket, row in sorted(rows):
+            self._rows.append((path, bucket, row))
+            self.sizes.append(_size(bucket))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        path, bucket, row = self._rows[index]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        file = self._open[path]
+        names = [key.partition("/")[2] for key in file.keys() if key.startswith(f"{bucket}/")]  # noqa: SIM118
+        item = {name: file.get_slice(f"{bucket}/{name}")[row] for name in names if name != _INDEX}
+        return {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in item.items()}
+
+    def split(self, held_out: int) -> tuple[LatentCache, LatentCache]:
+        """(examples to train on, `held_out` others spread evenly over the whole); the same files behind both.
+
+        Raises:
+            ValueError: `held_out` leaves nothing to train on.
+        """
+        if not 0 < held_out < len(self):
+            raise ValueError(f"{held_out} held-out examples of {len(self)}: keep at least one on each side.")
+        chosen = {index * len(self) // held_out for index in range(held_out)}
+        return (
+            self._subset([i for i in range(len(self)) if i not in chosen]),
+            self._subset(sorted(chosen)),
+        )
+
+    def _subset(self, indices: Sequence[int]) -> LatentCache:
+        part = copy(self)
+        part.sizes = [self.sizes[i] for i in indices]
+        part._rows = [self._rows[i] for i in indices]
+        part._open = {}
+        return part
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # open files do not travel to worker processes
+
+
+def build_cache(
+    pipeline: Any,
+    model: nn.Module,
+    examples: Sequence[Example],
+    cache_dir: str | Path,
+    settings: CacheSettings,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> LatentCache:
+    """The cache of `examples`, built where it is not there yet.
+
+    It lives in a folder named by a fingerprint of everything it depends on (autoencoder, text encoders, buckets, the
+    examples and their files' sizes and times; for drawn latents also the denoiser and its settings), so one made under
+    other circumstances is never used. A killed build goes on from its last whole shard; each process writes every
+    `num_processes`-th one and meets the others at `wait`.
+
+    Raises:
+        ValueError: no examples, or none of them usable.
+    """
+    if not examples:
+        raise ValueError("There are no examples: pass pictures or prompts.")
+    folder = Path(cache_dir) / f"latents-{fingerprint(pipeline, model, examples, settings)}"
+    if process_index == 0:
+        others = [path for path in folder.parent.glob("latents-*") if path != folder]
+        if others and not folder.exists():
+            logger.info(f"{folder.parent}: {len(others)} caches of other data, models or settings are not used.")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_null(pipeline, model, folder, settings)
+    wait()
+    starts = range(0, len(examples), settings.shard_size)
+    mine = [(number, start) for number, start in enumerate(starts) if number % num_processes == process_index]
+    missing = [(number, start) for number, start in mine if not _is_whole(folder / _shard_name(number))]
+    bar = tqdm(missing, desc="caching latents", unit="shard", disable=process_index != 0 or not missing)
+    for number, start in bar:
+        part = list(enumerate(examples[start : start + settings.shard_size], start=start))
+        _write_shard(pipeline, model, part, folder / _shard_name(number), settings)
+    wait()
+    cache = LatentCache(folder)
+    if cache.broken and process_index == 0:
+        logger.warning(f"{len(cache.broken)} of {len(examples)} pictures skipped: {'; '.join(cache.broken[:10])}")
+    return cache
+
+
+def fingerprint(pipeline: Any, model: nn.Module, examples: Sequence[Example], settings: CacheSettings) -> str:
+    """16 hexadecimal digits over everything that the cached tensors depend on."""
+    parts: dict[str, Any] = {"version": _VERSION, "settings": asdict(settings)}
+    drawn = any(example.open is None for example in examples)
+    for name, component in sorted(pipeline.components.items()):
+        encodes = name.startswith(("vae", "text_encoder"))
+        if isinstance(component, nn.Module) and (encodes or (drawn and component is model)):
+            parts[name] = _weights_digest(component)
+    if drawn:
+        parts["scheduler"] = {key: str(value) for key, value in pipeline.scheduler.config.items()}
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for example in examples:
+        digest.update(json.dumps([example.name, example.caption, example.stamp]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _weights_digest(module: nn.Module) -> str:
+    """Over every parameter's name, shape and up to a thousand of its values: a fine-tune changes them all."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, len(values) // 1000)].float().cpu().contiguous()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_null(pipeline: Any, model: nn.Module, folder: Path, settings: CacheSettings) -> None:
+    path = folder / "null.safetensors"
+    if _is_whole(path):
+        return
+    tensors = {}
+    for size in settings.buckets:
+        for name, tensor in encode_prompts(pipeline, model, [""], size).items():
+            tensors[f"{_name(size)}/{name}"] = _compact(tensor)
+    _save(tensors, path, {})
+
+
+def _write_shard(
+    pipeline: Any, model: nn.Module, part: list[tuple[int, Example]], path: Path, settings: CacheSettings
+) -> None:
+    broken: list[str] = []
+    columns: dict[str, list[torch.Tensor]] = {}
+    for size, numbered, latents in _latent_batches(pipeline, model, part, settings, broken):
+        captions = [example.caption for _, example in numbered]
+        tensors = {_LATENTS: latents, **encode_prompts(pipeline, model, captions, size)}
+        tensors[_INDEX] = torch.tensor([index for index, _ in numbered])
+        for name, tensor in tensors.items():
+            columns.setdefault(f"{_name(size)}/{name}", []).append(tensor)
+    tensors = {name: _compact(torch.cat(rows)) for name, rows in columns.items()}
+    _save(tensors, path, {_BROKEN: json.dumps(broken)})
+
+
+def _latent_batches(
+    pipeline: Any, model: nn.Module, part: list[tuple[int, Example]], settings: CacheSettings, broken: list[str]
+) -> Iterator[tuple[Size, list[tuple[int, Example]], torch.Tensor]]:
+    """(size, numbered examples, their latents), a batch at a time; unreadable pictures are named in `broken`."""
+    grouped: dict[Size, list[tuple[tuple[int, Example], torch.Tensor | None]]] = {}
+    for index, example in part:
+        if example.open is None:
+            size = settings.buckets[index % len(settings.buckets)]
+            grouped.setdefault(size, []).append(((index, example), None))
+            continue
+        try:
+            with example.open() as image:
+                size = nearest_bucket((image.height, image.width), settings.buckets)
+                pixels = to_pixels(image, size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            broken.append(f"{example.name}: {error}")
+            continue
+        grouped.setdefault(size, []).append(((index, example), pixels))
+    for size, members in grouped.items():
+        for start in range(0, len(members), settings.batch_size):
+            batch = members[start : start + settings.batch_size]
+            numbered = [member for member, _ in batch]
+            pixels_of = [pixels for _, pixels in batch if pixels is not None]
+            if pixels_of:
+                latents = encode_pictures(pipeline, torch.stack(pixels_of))
+            else:
+                seeds = [settings.seed + index for index, _ in numbered]
+                captions = [example.caption for _, example in numbered]
+                latents = draw_latents(
+                    pipeline, model, captions, seeds, size, settings.draw_steps, settings.guidance_scale
+                )
+            finite = latents.flatten(1).isfinite().all(1)
+            judged = list(zip(numbered, finite.tolist(), strict=True))
+            broken += [f"{member[1].name}: its latents are not finite" for member, whole in judged if not whole]
+            kept = [member for member, whole in judged if whole]
+            if kept:
+                yield size, kept, latents[finite]
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """float16 where that holds the values, else float32; other dtypes as they are. Contiguous."""
+    if tensor.is_floating_point():
+        half = tensor.half()
+        tensor = half if half.isfinite().all() else tensor.float()
+    return tensor.contiguous()
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        logger.warning(f"{path} is damaged and is made again.")
+        return False
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _name(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _size(name: str) -> Size:
+    height, _, width = name.partition("x")
+    return int(height), int(width)

@@ -1,0 +1,142 @@
+"""What each denoiser is conditioned on: how prompts become tensors, and how tensors become the model's arguments.
+
+One row of `FAMILIES` per model class. To add one, write its two functions and the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from torch import nn
+
+logger = logging.get_logger(__name__)
+
+Conditioning = dict[str, torch.Tensor]
+"""Tensors by name, one row per sample."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model class is fed.
+
+    Attributes:
+        encode: (pipeline, prompts, (height, width) in pixels) -> conditioning on CPU, one row per prompt; an empty
+            prompt gives the unconditional row that the pipeline itself would use for guidance.
+        arguments: (model, conditioning) -> keyword arguments beside the noisy sample and the timestep.
+        sample: name of the noisy sample's argument.
+        conditional: whether prompts mean anything.
+    """
+
+    encode: Callable[[Any, Sequence[str], tuple[int, int]], Conditioning]
+    arguments: Callable[[Any, Conditioning], dict[str, Any]]
+    sample: str = "sample"
+    conditional: bool = True
+
+
+def _encode_stable_diffusion(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    device = pipeline.text_encoder.device
+    if getattr(pipeline, "text_encoder_2", None) is None:
+        return {"encoder_hidden_states": pipeline.encode_prompt(list(prompts), device, 1, False)[0]}
+    embeddings, _, pooled, _ = pipeline.encode_prompt(
+        list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    if pipeline.config.get("force_zeros_for_empty_prompt"):
+        given = torch.tensor([bool(prompt) for prompt in prompts], device=embeddings.device)
+        embeddings, pooled = embeddings * given[:, None, None], pooled * given[:, None]
+    time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).expand(len(prompts), -1)
+    return {"encoder_hidden_states": embeddings, "text_embeds": pooled, "time_ids": time_ids}
+
+
+def _unet_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
+    added = {name: conditioning[name] for name in ("text_embeds", "time_ids") if name in conditioning}
+    arguments: dict[str, Any] = {"encoder_hidden_states": conditioning["encoder_hidden_states"]}
+    if added:
+        arguments["added_cond_kwargs"] = added
+    return arguments
+
+
+def _encode_pixart(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    embeddings, mask, *_ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+    conditioning = {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+    if pipeline.transformer.use_additional_conditions:
+        conditioning["resolution"] = torch.tensor([size], dtype=torch.float32).repeat(len(prompts), 1)
+        conditioning["aspect_ratio"] = torch.full((len(prompts), 1), size[0] / size[1])
+    return conditioning
+
+
+def _pixart_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
+    return {
+        "encoder_hidden_states": conditioning["encoder_hidden_states"],
+        "encoder_attention_mask": conditioning["encoder_attention_mask"],
+        "added_cond_kwargs": {name: conditioning.get(name) for name in ("resolution", "aspect_ratio")},
+    }
+
+
+def _encode_class(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    """Prompts are class numbers or names in the pipeline's label table; the empty one is the null class."""
+    null = pipeline.transformer.config.num_embeds_ada_norm
+    labels: Mapping[str, int] = getattr(pipeline, "labels", None) or {}
+    numbers = []
+    for prompt in prompts:
+        number = null if not prompt else int(prompt) if prompt.isdecimal() else labels.get(prompt, -1)
+        if not 0 <= number <= null:
+            raise ValueError(f"Caption {prompt!r} is no class of this model: give a number below {null} or a label.")
+        numbers.append(number)
+    return {"class_labels": torch.tensor(numbers)}
+
+
+def _class_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
+    return {"class_labels": conditioning["class_labels"]}
+
+
+def _encode_nothing(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    return {}
+
+
+def _no_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
+    return {}
+
+
+FAMILIES: dict[str, Family] = {
+    "UNet2DConditionModel": Family(_encode_stable_diffusion, _unet_arguments),
+    "UNet2DModel": Family(_encode_nothing, _no_arguments, conditional=False),
+    "PixArtTransformer2DModel": Family(_encode_pixart, _pixart_arguments, sample="hidden_states"),
+    "DiTTransformer2DModel": Family(_encode_class, _class_arguments, sample="hidden_states"),
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The row of a model. Raises ValueError for a class without one."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in FAMILIES:
+            return FAMILIES[cls.__name__]
+    raise ValueError(f"{type(model).__name__} cannot be distilled by this version: it knows {', '.join(FAMILIES)}.")
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: Any, model: nn.Module, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    """Conditioning of `prompts` for pictures of `size` (height, width) in pixels: CPU tensors, a row per prompt."""
+    conditioning = family_of(model).encode(pipeline, prompts, size)
+    return {name: tensor.detach().cpu() for name, tensor in conditioning.items()}
+
+
+def predict(
+    model: nn.Module, network: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+) -> torch.Tensor:
+    """The prediction for `noisy` [B, C, h, w] at `timesteps` [B]; [B, C or 2 C, h, w] with a learned variance.
+
+    `network` is what is called: `model` itself, or a wrapper of it (data parallel, compiled).
+    """
+    family = family_of(model)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    inputs = {
+        name: tensor.to(noisy.device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in conditioning.items()
+    }
+    arguments = {family.sample: noisy.to(dtype), "timestep": timesteps, **family.arguments(model, inputs)}
+    output: torch.Tensor = network(**arguments, return_dict=False)[0]
+    return output

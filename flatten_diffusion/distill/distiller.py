@@ -1,0 +1,547 @@
+"""The three stages in order, on one process or many: steps, checkpoints, resuming, and what each stage gained."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.accelerator import Accelerator
+from accelerate.utils import DistributedType
+from diffusers.optimization import get_scheduler
+from diffusers.utils import logging
+from tqdm.auto import tqdm
+
+from ..adapter import Adapter
+from ..mixers import PROJECTIONS
+from .batches import NoisyBatch, NoisyBatches
+from .cache import LatentCache
+from .calibrate import CalibrationSettings, calibrate
+from .checkpoint import Checkpoint, load_latest, save_checkpoint
+from .diffusion import Diffusion
+from .ema import AdapterEMA
+from .objective import Gap, LossWeights, Objective, measure_gap
+from .record import FeatureTap
+from .transfer import transfer_step
+
+logger = logging.get_logger(__name__)
+
+STAGES = ("calibrate", "transfer", "finetune")
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """One gradient stage: optimizer steps, peak learning rate, schedule (a name of diffusers' `get_scheduler`)."""
+
+    steps: int
+    learning_rate: float
+    lr_scheduler: str = "cosine"
+    lr_warmup_steps: int = 0
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Everything that decides the result, and thus must not change when a run is resumed.
+
+    Attributes:
+        stages: which of `STAGES`, in their order.
+        train_batch_size: samples per process and pass; gradient_accumulation_steps passes make an optimizer step.
+        caption_dropout: share of captions left empty, as in the teacher's own training, so that the unconditional
+            branch of guidance is distilled too.
+        projections: which of a layer's projections learn an addition in the gradient stages; rank: of its LoRA
+            factors, None for full matrices.
+        calibration_batches, evaluation_batches: of `train_batch_size` per process.
+        ema_decay: of the averaged weights that `finetune` ends with; None for no average.
+        patience: steps in a row whose loss is not finite before the run stops.
+    """
+
+    stages: tuple[str, ...] = STAGES
+    seed: int = 0
+    train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    caption_dropout: float = 0.1
+    max_grad_norm: float = 1.0
+    adam_weight_decay: float = 0.0
+    projections: tuple[str, ...] = PROJECTIONS
+    rank: int | None = 16
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    calibration_batches: int = 12
+    evaluation_batches: int = 8
+    transfer: StageSettings = StageSettings(300, 3e-3)
+    finetune: StageSettings = StageSettings(1000, 3e-4)
+    weights: LossWeights = field(default_factory=LossWeights)
+    ema_decay: float | None = 0.99
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        unknown = [stage for stage in self.stages if stage not in STAGES]
+        if unknown or not self.stages:
+            raise ValueError(f"Unknown stage {', '.join(unknown) or 'list'}: choose out of {', '.join(STAGES)}.")
+        object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))
+        for name in ("train_batch_size", "gradient_accumulation_steps", "calibration_batches", "evaluation_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: pass at least 1.")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout is {self.caption_dropout}: pass a share between 0 and 1.")
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the running stage, its finished steps, what finished stages reached, and what went wrong."""
+
+    stage: str = ""
+    step: int = 0
+    total_steps: int = 0
+    finished: list[str] = field(default_factory=list)
+    gaps: dict[str, Gap] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types; `from_json` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Progress:
+        gaps = {name: Gap(**gap) for name, gap in values["gaps"].items()}
+        return cls(**{**values, "gaps": gaps})
+
+
+class Distiller:
+    """Brings a freshly converted model back to the quality of its original.
+
+    Args:
+        accelerator: Accelerate's; its mixed precision and processes are used.
+        adapter: of the model, just made by `linearize`; base parameters must not require gradients.
+        diffusion: the teacher's forward process.
+        train, held_out: cached examples; the gap is measured on the second.
+        settings: see `DistillSettings`.
+        output_dir: for checkpoints and history.jsonl; None writes nothing.
+        checkpointing_steps: optimizer steps between checkpoints; checkpoints_total_limit: how many are kept.
+        on_step: called after each optimizer step with (distiller, losses), for logging and validation.
+
+    Raises:
+        ValueError: the checkpoint in `output_dir` was made with other settings.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        adapter: Adapter,
+        diffusion: Diffusion,
+        train: LatentCache,
+        held_out: LatentCache,
+        settings: DistillSettings,
+        *,
+        output_dir: Path | None = None,
+        checkpointing_steps: int = 500,
+        checkpoints_total_limit: int | None = 3,
+        dataloader_num_workers: int = 0,
+        on_step: Callable[[Distiller, dict[str, float]], None] | None = None,
+    ) -> None:
+        self.accelerator, self.adapter, self.diffusion, self.settings = accelerator, adapter, diffusion, settings
+        self.train, self.held_out = train, held_out
+        self.output_dir = output_dir
+        self.checkpointing_steps, self.checkpoints_total_limit = checkpointing_steps, checkpoints_total_limit
+        self.workers = dataloader_num_workers
+        self.on_step = on_step
+        self.progress = Progress()
+        self.objective = Objective(adapter, adapter.model, diffusion, settings.weights)
+        self.optimizer: Any = None
+        self.ema: AdapterEMA | None = None
+        self._sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self._evaluation: list[NoisyBatch] | None = None
+        self._bad_in_a_row = 0
+
+    # ---- the whole run ----
+
+    def run(self, resume: bool = False) -> Progress:
+        """All stages of the settings. With `resume`, from the newest readable checkpoint in `output_dir`, if any."""
+        checkpoint = load_latest(self.output_dir) if resume and self.output_dir is not None else None
+        if checkpoint is not None:
+            self._restore_progress(checkpoint)
+        self._cut_history()
+        self._float_parameters()
+        if "raw" not in self.progress.gaps:
+            self.progress.gaps["raw"] = self.evaluate()
+        for stage in self.settings.stages:
+            if stage in self.progress.finished:
+                continue
+            if self.progress.stage != stage:
+                self.progress.stage, self.progress.step = stage, 0
+            started = time.monotonic()
+            if stage == "calibrate":
+                self._calibrate()
+            else:
+                same = checkpoint is not None and checkpoint.state["progress"]["stage"] == stage
+                self._train(stage, checkpoint if same else None)
+            checkpoint = None
+            self.progress.seconds[stage] = self.progress.seconds.get(stage, 0.0) + time.monotonic() - started
+            self.progress.finished.append(stage)
+            self.progress.gaps[stage] = self.evaluate()
+            self._save()
+        return self.progress
+
+    def evaluate(self) -> Gap:
+        """Teacher against student on the held-out examples, always the same noise; all processes together."""
+        if self._evaluation is None:
+            count = range(self.settings.evaluation_batches)
+            self._evaluation = list(self._batches(self.held_out, count, "evaluate"))
+        with self.accelerator.autocast():
+            return measure_gap(self.objective, self._evaluation, self._sum)
+
+    # ---- stages ----
+
+    def _calibrate(self) -> None:
+        self._add_deltas(("out",))
+        batches = self._batches(self.train, range(self.settings.calibration_batches), "calibrate")
+        runs = [lambda batch=batch: self._run_teacher(batch) for batch in batches]
+        for fit in calibrate(self.adapter, runs, self.settings.calibration, self._sum):
+            logger.info(f"{fit.name}: {fit.choice}; missing {fit.before:.1%} -> {fit.after:.1%}")
+
+    def _train(self, stage: str, checkpoint: Checkpoint | None) -> None:
+        plan: StageSettings = getattr(self.settings, stage)
+        self._add_deltas(self.settings.projections)
+        self._prepare(stage, plan)
+        if checkpoint is not None:
+            self._restore_optimizer(checkpoint)
+        accumulation = self.settings.gradient_accumulation_steps
+        passes = range(self.progress.step * accumulation, plan.steps * accumulation)
+        batches = iter(self._batches(self.train, passes, stage))
+        factor = get_scheduler(
+            plan.lr_scheduler, self.optimizer, num_warmup_steps=plan.lr_warmup_steps, num_training_steps=plan.steps
+        ).lr_lambdas[0]
+        compute = self._transfer_losses if stage == "transfer" else self._finetune_losses
+        bar = tqdm(
+            total=plan.steps,
+            initial=self.progress.step,
+            desc=stage,
+            disable=not self.accelerator.is_local_main_process,
+        )
+        while self.progress.step < plan.steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = plan.learning_rate * factor(self.progress.step)
+            losses = self._optimizer_step(compute, [next(batches) for _ in range(accumulation)])
+            self.progress.step += 1
+            self.progress.total_steps += 1
+            bar.update(1)
+            bar.set_postfix(loss=f"{losses['loss']:.4f}")
+            self._record(losses)
+            if self.progress.total_steps % self.checkpointing_steps == 0:
+                self._save()
+        bar.close()
+        if self.ema is not None:
+            self.ema.copy_to_parameters()
+        self.optimizer, self.ema = None, None
+
+    def _optimizer_step(
+        self, compute: Callable[[NoisyBatch], dict[str, torch.Tensor]], batches: list[NoisyBatch]
+    ) -> dict[str, float]:
+        """One update from these passes; none when a loss or gradient is not finite in any process."""
+        self.optimizer.zero_grad()
+        sums: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            with self._accumulation(), self.accelerator.autocast():
+                losses = compute(batch)
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0) + loss.double() / len(batches)
+        names = sorted(sums)
+        values = self._mean(torch.stack([sums[name].cpu() for name in names]))
+        finite = bool(values.isfinite().all())
+        finite = finite and self._apply_gradients()
+        if finite and self.ema is not None:
+            self.ema.step()
+        self._count_bad(not finite, batches[-1])
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _apply_gradients(self) -> bool:
+        """Average over processes, clip, and step; False when the gradient is not finite and nothing was done."""
+        parameters, scaler = list(self.adapter.parameters()), self.accelerator.scaler
+        if self._sharded:
+            self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+            self.optimizer.step()
+            return True
+        self._average_gradients()
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        if scaler is not None:  # skips an overflowing step itself, and lowers its scale
+            scaler.step(self.optimizer)
+            scaler.update()
+            return True
+        if not norm.isfinite():
+            return False
+        self.optimizer.step()
+        return True
+
+    def _accumulation(self) -> AbstractContextManager[Any]:
+        return self.accelerator.accumulate(self.objective.network) if self._sharded else nullcontext()
+
+    def _transfer_losses(self, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+        scale = 1 / self.settings.gradient_accumulation_steps
+        losses = transfer_step(
+            self.adapter, lambda: self._run_teacher(batch), lambda loss: self._backward(loss * scale)
+        )
+        if not losses:
+            raise ValueError("No layer of this model runs linear at this size: lower min_tokens or train larger.")
+        return {"loss": torch.stack(list(losses.values())).mean()}
+
+    def _finetune_losses(self, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+        loss, parts = self.objective.loss(batch)
+        self._backward(loss / self.settings.gradient_accumulation_steps)
+        return {"loss": loss.detach(), **parts}
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self._sharded:
+            self.accelerator.backward(loss)
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.scale(loss).backward()
+        else:
+            loss.backward()
+
+    def _run_teacher(self, batch: NoisyBatch) -> None:
+        with self.accelerator.autocast():
+            self.objective.predict(batch.noisy, batch.timesteps, batch.conditioning)
+
+    # ---- parts ----
+
+    def _add_deltas(self, names: tuple[str, ...]) -> None:
+        with torch.random.fork_rng(devices=[]):  # the same random factors in every process and every run
+            torch.manual_seed(self.settings.seed)
+            self.adapter.add_deltas(names, self.settings.rank)
+        self._float_parameters()
+
+    def _float_parameters(self) -> None:
+        """float32 whatever the model's dtype: half-precision parameters would lose small updates."""
+        for parameter in self.adapter.parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+
+    def _prepare(self, stage: str, plan: StageSettings) -> None:
+        parameters = list(self.adapter.requires_grad_(True).parameters())
+        optimizer = torch.optim.AdamW(
+            parameters, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=self.settings.adam_weight_decay
+        )
+        if self._sharded:
+            if stage == "transfer":
+                raise ValueError("Transfer needs whole layers in each process: run it without FSDP or DeepSpeed first.")
+            self.accelerator.gradient_accumulation_steps = self.settings.gradient_accumulation_steps
+            self.objective.network, self.optimizer = self.accelerator.prepare(self.adapter.model, optimizer)
+        else:
+            self.optimizer = optimizer  # no wrapper: an adapter's gradients are a few MB, averaged in one go
+        decay = self.settings.ema_decay if stage == "finetune" else None
+        self.ema = None if decay is None else AdapterEMA(dict(self.adapter.named_parameters()), decay)
+
+    def _average_gradients(self) -> None:
+        if self._sharded or self.accelerator.num_processes == 1:
+            return
+        parameters = list(self.adapter.parameters())
+        # A layer that stayed softmax in this pass has none.
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+        flat = self.accelerator.reduce(flat, reduction="mean")
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+            parameter.grad = part.reshape(parameter.shape)
+
+    def _count_bad(self, bad: bool, batch: NoisyBatch) -> None:
+        self._bad_in_a_row = self._bad_in_a_row + 1 if bad else 0
+        if not bad:
+            return
+        self.progress.skipped += 1
+        where = f"{self.progress.stage} step {self.progress.step}"
+        logger.warning(f"{where}: the loss or a gradient is not finite; the step is skipped.")
+        if self._bad_in_a_row >= self.settings.patience:
+            raise FloatingPointError(
+                f"{where}: {self._bad_in_a_row} steps in a row without a finite loss: {self._diagnose(batch)}."
+            )
+
+    def _diagnose(self, batch: NoisyBatch) -> str:
+        """The first thing that is not finite, and what to do about it."""
+        for name, parameter in self.adapter.named_parameters():
+            if not parameter.isfinite().all():
+                return f"{name} is not finite; lower the learning rate and resume from an earlier checkpoint"
+        if not batch.noisy.isfinite().all():
+            return "the latents are not finite; delete the cache and check the pictures"
+        with self.accelerator.autocast():
+            if not self.objective.teacher(batch).isfinite().all():
+                return "the teacher's own prediction is not finite; train in bfloat16 or float32"
+            first = next(
+                (name for name, output in self._student_features(batch).items() if not output.isfinite().all()), None
+            )
+        if first is not None:
+            return f"{first} is the first layer with an output not finite; train in bfloat16 or lower the learning rate"
+        return "every output is finite, a gradient is not; lower the learning rate or max_grad_norm"
+
+    def _student_features(self, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+        with torch.no_grad(), FeatureTap(self.adapter) as tap:
+            self.objective.student(batch)
+        return tap.outputs
+
+    def _batches(self, cache: LatentCache, steps: range, stage: str) -> NoisyBatches:
+        return NoisyBatches(
+            cache,
+            self.diffusion,
+            self.settings.train_batch_size,
+            steps,
+            seed=self.settings.seed,
+            stage=stage,
+            caption_dropout=self.settings.caption_dropout,
+            device=self.accelerator.device,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            num_workers=self.workers,
+        )
+
+    def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return tensor
+        total: torch.Tensor = self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
+        return total.to(tensor.device)
+
+    def _mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._sum(tensor) / self.accelerator.num_processes
+
+    # ---- records and checkpoints ----
+
+    def _record(self, losses: dict[str, float]) -> None:
+        """One line of history.jsonl, then `on_step`."""
+        if self.output_dir is not None and self.accelerator.is_main_process:
+            row = {"stage": self.progress.stage, "step": self.progress.step, "total": self.progress.total_steps}
+            with (self.output_dir / _HISTORY).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**row, **{name: _json_number(x) for name, x in losses.items()}}) + "\n")
+        if self.on_step is not None:
+            self.on_step(self, losses)
+
+    def _save(self) -> None:
+        if self.output_dir is None:
+            return
+        tensors = {f"adapter/{name}": _whole(tensor) for name, tensor in self.adapter.named_parameters()}
+        tensors.update(self._optimizer_tensors())
+        if self.ema is not None:
+            tensors.update({f"ema/{name}": _whole(tensor) for name, tensor in self.ema.shadow.items()})
+        scaler = self.accelerator.scaler
+        state = {
+            "progress": self.progress.to_json(),
+            "settings": self._fingerprint(),
+            "adapter_config": self.adapter.config.to_dict(),
+            "ema_steps": 0 if self.ema is None else self.ema.steps,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.output_dir, self._checkpoint_number(), tensors, state, self.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _checkpoint_number(self) -> int:
+        """Optimizer steps of all stages so far; calibration counts as one, so that each state has its own number."""
+        return self.progress.total_steps + len(self.progress.finished)
+
+    def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        if self.optimizer is None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return {}
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return {
+            f"optimizer/{name}/{key}": _whole(value)
+            for name, parameter in self.adapter.named_parameters()
+            for key, value in inner.state.get(parameter, {}).items()
+        }
+
+    def _restore_progress(self, checkpoint: Checkpoint) -> None:
+        saved = checkpoint.state["settings"]
+        changed = sorted(key for key, value in self._fingerprint().items() if saved.get(key) != value)
+        if changed:
+            raise ValueError(
+                f"The checkpoint in {self.output_dir} was made with another {', '.join(changed)}: "
+                "use the same settings, or another output folder."
+            )
+        self.progress = Progress.from_json(checkpoint.state["progress"])
+        config = checkpoint.state["adapter_config"]
+        if config["deltas"]:
+            self.adapter.add_deltas(tuple(config["deltas"]), config["delta_rank"])
+        for layer, power in config["focusing_factors"].items():
+            self.adapter.set_focusing_factor(layer, power)
+        self._float_parameters()
+        with torch.no_grad():
+            for name, parameter in self.adapter.named_parameters():
+                parameter.copy_(checkpoint.tensors[f"adapter/{name}"])
+
+    def _restore_optimizer(self, checkpoint: Checkpoint) -> None:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            logger.warning("DeepSpeed keeps its optimizer state to itself: resuming with a fresh one.")
+        else:
+            for name, parameter in self.adapter.named_parameters():
+                prefix = f"optimizer/{name}/"
+                state = {key[len(prefix) :]: t for key, t in checkpoint.tensors.items() if key.startswith(prefix)}
+                if state:
+                    getattr(self.optimizer, "optimizer", self.optimizer).state[parameter] = {
+                        key: _like(tensor, parameter) if tensor.dim() else tensor for key, tensor in state.items()
+                    }
+        if self.ema is not None:
+            self.ema.steps = checkpoint.state["ema_steps"]
+            for name in self.ema.shadow:
+                self.ema.shadow[name].copy_(_like(checkpoint.tensors[f"ema/{name}"], self.ema.shadow[name]))
+        if self.accelerator.scaler is not None and checkpoint.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+
+    def _cut_history(self) -> None:
+        """Lines of steps that the checkpoint does not know will be written again."""
+        if self.output_dir is None or not self.accelerator.is_main_process:
+            return
+        path = self.output_dir / _HISTORY
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut off by a kill
+                break
+            if row["total"] <= self.progress.total_steps:
+                kept.append(line + "\n")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        settings = json.loads(json.dumps(asdict(self.settings)))
+        del settings["stages"]  # more may be added to a run that is done
+        return {
+            **settings,
+            "layers": self.adapter.layers,
+            "examples": [len(self.train), len(self.held_out)],
+            "total batch size": self.settings.train_batch_size * self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
+
+
+_HISTORY = "history.jsonl"
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered; others as they are."""
+    gather = getattr(tensor, "full_tensor", None)
+    whole: torch.Tensor = tensor if gather is None else gather()
+    return whole.detach()
+
+
+def _like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """On the device of `model`, sharded where that is."""
+    mesh = getattr(model, "device_mesh", None)
+    if mesh is None:
+        return tensor.to(model.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    placements: Any = getattr(model, "placements", None)
+    return distribute_tensor(tensor.to(model.device), mesh, placements)

@@ -1,0 +1,83 @@
+"""Pictures into the latents that a denoiser is trained on, and latents that the teacher draws itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .buckets import Size
+from .conditioning import family_of
+
+
+def pixels_per_token_step(pipeline: Any, model: nn.Module) -> int:
+    """What both picture sides must be a multiple of, for this pipeline's autoencoder, patches and U-Net levels."""
+    config: Any = model.config
+    vae = getattr(pipeline, "vae", None)
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    levels = len(config.get("block_out_channels") or ()) if "UNet" in type(model).__name__ else 0
+    return factor * int(config.get("patch_size") or 1) * 2 ** max(levels - 1, 0)
+
+
+@torch.no_grad()
+def encode_pictures(pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """[B, 3, H, W] in [-1, 1] -> scaled latents [B, C, h, w], float32 on CPU; the pixels where there is no VAE."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        return pixels.float().cpu()
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and bool(vae.config.get("force_upcast"))
+    if upcast:  # such autoencoders overflow in half precision
+        vae.to(torch.float32)
+    try:
+        mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+    finally:
+        if upcast:
+            vae.to(dtype)
+    return _normalise(mean, vae.config)
+
+
+def _normalise(mean: torch.Tensor, config: Any) -> torch.Tensor:
+    """What pipelines undo before decoding: shift or per-channel statistics, then the scaling factor."""
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        centre, spread = (torch.tensor(config[name]).reshape(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+        return (mean - centre) / spread * config.scaling_factor
+    return (mean - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+
+@torch.no_grad()
+def draw_latents(
+    pipeline: Any,
+    model: nn.Module,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    size: Size,
+    steps: int,
+    guidance: float,
+) -> torch.Tensor:
+    """Latents [B, C, h, w] that the pipeline itself draws for `prompts`, one seed each; float32 on CPU."""
+    arguments: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+    }
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    if "height" in accepted:
+        arguments["height"], arguments["width"] = size
+    if "guidance_scale" in accepted:
+        arguments["guidance_scale"] = guidance
+    if "prompt" in accepted:
+        arguments["prompt"] = list(prompts)
+    elif "class_labels" in accepted:
+        arguments["class_labels"] = family_of(model).encode(pipeline, prompts, size)["class_labels"].tolist()
+    else:
+        arguments["batch_size"] = len(prompts)
+    if "use_resolution_binning" in accepted:
+        arguments["use_resolution_binning"] = False
+    if "prompt" in accepted and getattr(pipeline, "vae", None) is not None:
+        latents: torch.Tensor = pipeline(**arguments, output_type="latent").images
+        return latents.float().cpu()
+    pictures = torch.from_numpy(pipeline(**arguments, output_type="np").images).permute(0, 3, 1, 2)
+    return encode_pictures(pipeline, pictures * 2 - 1)

@@ -1,0 +1,140 @@
+"""Candidate query and key maps of one layer, built from second moments alone, for calibration to choose from.
+
+Two kinds. "Inherited": the layer's own query and key, their channels scaled, or shifted by a share of their root mean
+square so that the relu cuts less. "Paired": each head's query and key are turned into the directions that matter most
+to their product, and each of the first head_dim / 2 directions x enters as the pair (b + x, b - x): for a focusing
+factor of 1 and |x| < b, a pair's contribution to query . key is 2 b^2 + 2 x_q x_k, the first two terms of the softmax's
+exponential up to a factor, with no relu in the way. The directions are those of balanced truncation (Moore, IEEE TAC
+1981): both second moments become the same diagonal, so they are ordered by what they add to query . key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..adapter.convert import projection_of
+from ..mixers import ProjectionDelta
+from .record import MixerInputs
+
+
+@dataclass(frozen=True)
+class MapChoice:
+    """One candidate: the focusing factor, the exponent that shapes the scale, whether directions are paired, and the
+    shift of query and key in units of their root mean square."""
+
+    power: float
+    scale_exponent: float = 0.0
+    paired: bool = False
+    shift: float = 0.0
+
+    def __str__(self) -> str:
+        kind = "paired directions" if self.paired else "inherited channels"
+        return f"{kind}, power {self.power:g}, scale exponent {self.scale_exponent:g}, shift {self.shift:g}"
+
+
+class QueryKeyMoments:
+    """Second moments of one layer's queries and keys, [H, D, D] each, per token.
+
+    Args:
+        inputs: the mixer's inputs of a batch.
+        reduce: sum over processes.
+    """
+
+    def __init__(self, inputs: MixerInputs, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        tokens = reduce(torch.tensor(float(inputs.query.shape[0] * inputs.query.shape[1]), dtype=torch.float64))
+        self.query, self.key = (
+            reduce(torch.einsum("bnhd,bnhe->hde", x.float(), x.float()).double().cpu()) / tokens
+            for x in (inputs.query, inputs.key)
+        )
+        positive = torch.cat([inputs.query, inputs.key], dim=1).float().relu().square().sum((0, 1)).double().cpu()
+        self.positive = reduce(positive).flatten() / (2 * tokens)
+        self._directions: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+
+    def scale(self, exponent: float) -> torch.Tensor:
+        """[H * D], geometric mean 1: channels' root mean square after the relu, to a power."""
+        log = 0.5 * exponent * self.positive.clamp(min=1e-12).log()
+        return (log - log.mean()).exp().float()
+
+    def linear_maps(self, choice: MapChoice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(query matrix, query shift, key matrix, key shift), [H, D, D] and [H, D]: x becomes x @ matrix + shift."""
+        if not choice.paired:
+            identity = torch.eye(self.query.shape[-1]).expand(self.query.shape)
+            roots = (x.diagonal(dim1=-2, dim2=-1).sqrt().float() for x in (self.query, self.key))
+            query_shift, key_shift = (choice.shift * root for root in roots)
+            return identity, query_shift, identity, key_shift
+        if self._directions is None:
+            self._directions = [_balance(q, k) for q, k in zip(self.query, self.key, strict=True)]
+        query, key, spread = (torch.stack(parts).float() for parts in zip(*self._directions, strict=True))
+        half, rest = self.query.shape[-1] // 2, self.query.shape[-1] % 2
+        shift = choice.shift * spread[:, :half]
+        shift = torch.cat([shift, shift, shift.new_zeros(len(shift), rest)], dim=-1)
+        query, key = (torch.cat([x[..., :half], -x[..., :half], x[..., half : half + rest]], -1) for x in (query, key))
+        return query, shift, key, shift
+
+
+def apply_maps(
+    inputs: MixerInputs, maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key [B, N, H, D] after the maps, in float32."""
+    query_matrix, query_shift, key_matrix, key_shift = (part.to(inputs.query.device) for part in maps)
+    query = torch.einsum("bnhd,hde->bnhe", inputs.query.float(), query_matrix) + query_shift
+    key = torch.einsum("bnhd,hde->bnhe", inputs.key.float(), key_matrix) + key_shift
+    return query.contiguous(), key.contiguous()
+
+
+def can_shift(attn: Any) -> bool:
+    """Whether maps of query and key can be folded into their projections: no norm between, ordinary weights."""
+    plain = all(base_of(projection_of(attn, name)).weight.is_floating_point() for name in ("q", "k"))
+    return plain and attn.norm_q is None and attn.norm_k is None
+
+
+def base_of(projection: Any) -> Any:
+    """The base layer of a projection that LoRA has wrapped, or the projection."""
+    return getattr(projection, "base_layer", projection)
+
+
+@torch.no_grad()
+def fold_map(attn: Any, name: str, delta: ProjectionDelta, matrix: torch.Tensor, shift: torch.Tensor) -> None:
+    """Make `delta` such that the projection `name` plus delta gives what it gave before, mapped."""
+    base = base_of(projection_of(attn, name))
+    weight = base.weight.float()
+    matrix, shift = matrix.to(weight.device), shift.to(weight.device)
+    bias = torch.zeros_like(weight[:, 0]) if base.bias is None else base.bias.float()
+    present, present_bias = weight + delta.matrix().float(), bias + delta.bias.float()
+    heads, head_dim = matrix.shape[:2]
+    mapped = torch.einsum("hdc,hde->hec", present.unflatten(0, (heads, head_dim)), matrix).flatten(0, 1)
+    mapped_bias = torch.einsum("hd,hde->he", present_bias.unflatten(0, (heads, head_dim)), matrix) + shift
+    delta.assign(mapped - weight, mapped_bias.flatten() - bias)
+
+
+def candidates(
+    powers: Sequence[float],
+    scale_exponents: Sequence[float],
+    shifts: Sequence[float],
+    pair_shifts: Sequence[float],
+    *,
+    shiftable: bool,
+    pairable: bool,
+) -> list[MapChoice]:
+    """Every choice that the settings name and the layer allows; scale and shift are not combined."""
+    choices = [MapChoice(power, exponent) for power in powers for exponent in scale_exponents]
+    if shiftable:
+        choices += [MapChoice(power, shift=shift) for power in powers for shift in shifts]
+    if pairable:
+        choices += [MapChoice(power, paired=True, shift=shift) for power in powers for shift in pair_shifts]
+    return choices
+
+
+def _balance(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Matrices A, B [D, D] with A B^T = 1 that give query @ A and key @ B one diagonal second moment, and its root
+    [D], falling."""
+    size = len(query)
+    eye = torch.eye(size, dtype=query.dtype)
+    query_root, key_root = (torch.linalg.cholesky(x + eye * (1e-6 * x.diagonal().mean() + 1e-12)) for x in (query, key))
+    left, values, right = torch.linalg.svd(key_root.T @ query_root)
+    whiten = values.clamp(min=1e-12).rsqrt()
+    return key_root @ left * whiten, query_root @ right.T * whiten, values.sqrt()

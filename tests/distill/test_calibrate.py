@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flatten_diffusion import AdapterConfig, linearize, load_adapter, restore
+from flatten_diffusion.distill import CalibrationSettings, calibrate
+from flatten_diffusion.distill.calibrate import _Moments, _patch_moments
+from flatten_diffusion.distill.record import LayerCall, MixerInputs, watch_teacher
+from flatten_diffusion.mixers import FocusedLinearAttention
+
+from ..models.tiny import Tiny, build
+from .tiny import sharpen
+
+
+def teacher_runs(tiny: Tiny, count: int = 4) -> list[Callable[[], Any]]:
+    generator = torch.Generator().manual_seed(0)
+    shape = tiny.inputs[tiny.picture].shape
+    pictures = [torch.randn(shape, generator=generator) for _ in range(count)]
+    return [lambda picture=picture: tiny(**{tiny.picture: picture}) for picture in pictures]
+
+
+def sharp(name: str) -> Tiny:
+    tiny = build(name)
+    sharpen(tiny.model)
+    return tiny
+
+
+def residuals(adapter: Any, runs: list[Callable[[], Any]]) -> dict[str, float]:
+    """Squared error of the converted layers' outputs, from their calls alone."""
+    sums: dict[str, float] = {}
+
+    def consume(call: LayerCall) -> None:
+        sums[call.name] = sums.get(call.name, 0.0) + float((call.student() - call.output).square().sum())
+
+    with torch.no_grad(), watch_teacher(adapter, consume):
+        for run in runs:
+            run()
+    return sums
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "unet2d", "dit", "pixart"])
+def test_every_layer_comes_nearer(name: str) -> None:
+    tiny = sharp(name)
+    base = tiny()
+    runs = teacher_runs(tiny)
+    adapter = linearize(tiny.model)
+    before = residuals(adapter, runs)
+    fits = calibrate(adapter, runs, CalibrationSettings(powers=(1.0, 3.0), scale_exponents=(0.0, 1.0)))
+    after = residuals(adapter, runs)
+    assert {fit.name for fit in fits} == set(adapter.layers)
+    for fit in fits:
+        assert after[fit.name] < 0.9 * before[fit.name]
+        assert 0 <= fit.after < fit.before
+    with adapter.disabled():
+        assert torch.equal(tiny(), base)
+
+
+def test_the_report_is_the_layers_own_error() -> None:
+    tiny = sharp("sd15")
+    runs, adapter = teacher_runs(tiny), linearize(tiny.model)
+    total: dict[str, list[torch.Tensor]] = {}
+
+    def consume(call: LayerCall) -> None:
+        total.setdefault(call.name, []).append(call.output)
+
+    with torch.no_grad(), watch_teacher(adapter, consume):
+        for run in runs:
+            run()
+    raw = residuals(adapter, runs)
+    fits = calibrate(adapter, runs, CalibrationSettings(selection_batches=len(runs)))
+    for fit in fits:
+        spread = sum(float((part - part.mean((0, 1))).square().sum()) for part in total[fit.name])
+        assert fit.before == pytest.approx(raw[fit.name] / spread, rel=1e-4)
+        assert fit.after == pytest.approx(residuals(adapter, runs)[fit.name] / spread, rel=1e-3)
+
+
+def test_kernel_equations_are_least_squares() -> None:
+    generator = torch.Generator().manual_seed(1)
+    value = torch.randn(2, 15, 2, 3, generator=generator)
+    kernel, bias = torch.randn(3, 1, 3, 3, generator=generator), torch.randn(3, generator=generator)
+    images = value.permute(0, 2, 3, 1).reshape(4, 3, 3, 5)
+    convolved = F.conv2d(images, kernel, bias, padding=1, groups=3)
+    missing = convolved.reshape(2, 2, 3, 15).permute(0, 3, 1, 2)
+    moments = _patch_moments(MixerInputs(value, value, value, (3, 5)), missing, 3)
+    solution = torch.linalg.solve(moments[..., :-1], moments[..., -1:])[..., 0]
+    assert torch.allclose(solution[:, :-1].reshape(3, 1, 3, 3), kernel.double(), atol=1e-4)
+    assert torch.allclose(solution[:, -1], bias.double(), atol=1e-4)
+
+
+def test_moments_are_ridge_regression() -> None:
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    targets = torch.randn(50, 3, generator=generator, dtype=torch.float64) + 2
+    moments = _Moments()
+    moments.add(features[:20], targets[:20])
+    moments.add(features[20:], targets[20:])
+    design = torch.cat([features, torch.ones(50, 1, dtype=torch.float64)], dim=1)
+    plain = torch.linalg.lstsq(design, targets).solution
+    assert torch.allclose(moments.solve(0.0).T, plain, atol=1e-5)
+    assert moments.residual_of(plain.T) == pytest.approx(float((design @ plain - targets).square().sum()), rel=1e-5)
+    penalty = (0.1 * features.square().sum(0).mean()).sqrt() * torch.eye(4, 5, dtype=torch.float64)
+    augmented = torch.linalg.lstsq(torch.cat([design, penalty]), F.pad(targets, (0, 0, 0, 4))).solution
+    assert torch.allclose(moments.solve(0.1).T, augmented, atol=1e-5)
+
+
+def test_processes_together_solve_what_one_would() -> None:
+    alone, shared = sharp("sd15"), sharp("sd15")
+    settings = CalibrationSettings(powers=(3.0,), scale_exponents=(1.0,), selection_batches=4)
+    whole = linearize(alone.model)
+    calibrate(whole, teacher_runs(alone), settings)
+    half = linearize(shared.model)
+    runs = teacher_runs(shared)
+    # Both processes see the same two batches, so a sum over two is twice what one has.
+    calibrate(half, runs, settings, reduce=lambda tensor: tensor * 2)
+    for (name, one), (_, other) in zip(whole.named_parameters(), half.named_parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-4), name
+
+
+def test_choices_and_deltas_are_saved(tmp_path: Path) -> None:
+    tiny = sharp("sd15")
+    adapter = linearize(tiny.model)
+    calibrate(adapter, teacher_runs(tiny), CalibrationSettings(powers=(1.0, 2.0)))
+    expected = tiny()
+    adapter.save_pretrained(tmp_path)
+    factors = dict(adapter.config.focusing_factors)
+    assert set(factors) == set(adapter.layers)
+    restore(tiny.model)
+    again = load_adapter(tiny.model, tmp_path)
+    assert again.config.focusing_factors == factors
+    assert torch.equal(tiny(), expected)
+
+
+def test_a_low_rank_output_delta() -> None:
+    errors = {}
+    for rank in (None, 1, 4):
+        tiny = sharp("sd15")
+        adapter = linearize(tiny.model)
+        adapter.add_deltas(("out",), rank)
+        runs = teacher_runs(tiny)
+        before = residuals(adapter, runs)
+        calibrate(adapter, runs, CalibrationSettings(powers=(3.0,)))
+        after = residuals(adapter, runs)
+        errors[rank] = sum(after[name] for name in after)
+        assert errors[rank] < sum(before.values())
+    assert errors[None] <= errors[4] * 1.001 <= errors[1] * 1.002
+
+
+def test_without_convolution_only_the_rest_is_solved() -> None:
+    tiny = sharp("sd15")
+    adapter = linearize(tiny.model, AdapterConfig(kernel_size=0))
+    runs = teacher_runs(tiny)
+    before = residuals(adapter, runs)
+    calibrate(adapter, runs)
+    after = residuals(adapter, runs)
+    assert all(after[name] < before[name] for name in before)
+    assert all(isinstance(mixer, FocusedLinearAttention) and mixer.conv_weight is None for _, mixer in adapter.mixers())
+
+
+def test_no_batches_and_broken_activations() -> None:
+    tiny = sharp("sd15")
+    adapter = linearize(tiny.model)
+    with pytest.raises(ValueError, match="at least one batch"):
+        calibrate(adapter, [])
+    bad = torch.full_like(tiny.inputs["sample"], float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        calibrate(adapter, [lambda: tiny(sample=bad)])

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from transformers import CLIPTextModelWithProjection
+
+from flatten_diffusion.distill.conditioning import encode_prompts, family_of, predict
+from flatten_diffusion.distill.latents import pixels_per_token_step
+
+from ..models.tiny import build
+from .tiny import tiny_pipeline
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "unet2d", "dit", "pixart"])
+def test_predict_is_the_models_own_call(name: str) -> None:
+    tiny = build(name)
+    inputs: dict[str, Any] = dict(tiny.inputs)
+    noisy = inputs.pop(tiny.picture)
+    timesteps = inputs.pop("timestep").expand(len(noisy))
+    conditioning = {**inputs.pop("added_cond_kwargs", {}), **inputs}
+    conditioning = {key: value for key, value in conditioning.items() if value is not None}
+    with torch.no_grad():
+        expected = tiny.model(**{**tiny.inputs, "timestep": timesteps}, return_dict=False)[0]
+        assert torch.equal(predict(tiny.model, tiny.model, noisy, timesteps, conditioning), expected)
+
+
+def test_stable_diffusion_prompts() -> None:
+    pipeline = tiny_pipeline()
+    encoded = encode_prompts(pipeline, pipeline.unet, ["a red circle", ""], (32, 32))["encoder_hidden_states"]
+    assert torch.equal(encoded[:1], pipeline.encode_prompt("a red circle", "cpu", 1, False)[0])
+    assert torch.equal(encoded[1:], pipeline.encode_prompt("", "cpu", 1, False)[0])
+
+
+@pytest.mark.parametrize("force_zeros", [True, False])
+def test_sdxl_prompts(force_zeros: bool) -> None:
+    base = tiny_pipeline()
+    config = base.text_encoder.config
+    config.projection_dim = 24
+    encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        vae=base.vae,
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer,
+        unet=build("sdxl").model,
+        scheduler=base.scheduler,
+        force_zeros_for_empty_prompt=force_zeros,
+        add_watermarker=False,
+    )
+    encoded = encode_prompts(pipeline, pipeline.unet, ["a red circle", ""], (32, 48))
+    with torch.no_grad():
+        embeddings, negative, pooled, negative_pooled = pipeline.encode_prompt("a red circle", device="cpu")
+    assert torch.allclose(encoded["encoder_hidden_states"], torch.cat([embeddings, negative]), atol=1e-5)
+    assert torch.allclose(encoded["text_embeds"], torch.cat([pooled, negative_pooled]), atol=1e-5)
+    assert encoded["time_ids"].tolist() == [[32, 48, 0, 0, 32, 48]] * 2
+
+
+def test_classes() -> None:
+    model = build("dit").model
+    pipeline = diffusers.DiTPipeline(
+        transformer=model, vae=tiny_pipeline().vae, scheduler=tiny_pipeline().scheduler, id2label={3: "cat, house cat"}
+    )
+    assert encode_prompts(pipeline, model, ["7", "cat", ""], (8, 8))["class_labels"].tolist() == [7, 3, 10]
+    with pytest.raises(ValueError, match="'dragon'"):
+        encode_prompts(pipeline, model, ["dragon"], (8, 8))
+
+
+def test_unknown_models_are_named() -> None:
+    with pytest.raises(ValueError, match="ControlNetModel cannot be distilled"):
+        family_of(build("controlnet").model)
+
+
+def test_sizes_that_a_model_takes() -> None:
+    pipeline = tiny_pipeline()
+    assert pixels_per_token_step(pipeline, pipeline.unet) == 4 * 2  # 4x autoencoder, two levels
+    unconditional = diffusers.DDPMPipeline(build("unet2d").model, pipeline.scheduler)
+    assert pixels_per_token_step(unconditional, unconditional.unet) == 2

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flatten_diffusion import linearize
+from flatten_diffusion.distill.maps import MapChoice, QueryKeyMoments, apply_maps, candidates, fold_map
+from flatten_diffusion.distill.record import LayerCall, MixerInputs, watch_teacher
+
+from ..models.tiny import build
+
+
+def inputs(head_dim: int = 6, seed: int = 0) -> MixerInputs:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(2, 2, head_dim, head_dim, generator=generator)
+    query, key, value = (torch.randn(3, 40, 2, head_dim, generator=generator) for _ in range(3))
+    query, key = (torch.einsum("bnhd,hde->bnhe", x, m) for x, m in zip((query, key), mixing, strict=True))
+    return MixerInputs(query, key, value, (5, 8))
+
+
+@pytest.mark.parametrize("head_dim", [6, 7])
+def test_pairs_give_the_product_back(head_dim: int) -> None:
+    """Without the relu, a pair contributes 2 b^2 + 2 x_q x_k; the leading directions make up the product."""
+    given = inputs(head_dim)
+    moments = QueryKeyMoments(given, lambda tensor: tensor)
+    shift = 1.5
+    query, key = apply_maps(given, moments.linear_maps(MapChoice(1.0, paired=True, shift=shift)))
+    paired = torch.einsum("bnhd,bmhd->bhnm", query, key)
+    spread = moments.linear_maps(MapChoice(1.0, paired=True, shift=1.0))[1]
+    constant = (shift * spread).square().sum(-1)[None, :, None, None]
+    product = torch.einsum("bnhd,bmhd->bhnm", given.query, given.key)
+    half = head_dim // 2
+    rest = torch.einsum("bnhd,bmhd->bhnm", query[..., 2 * half :], key[..., 2 * half :])
+    approximate = (paired - constant - rest) / 2 + rest
+    error = (approximate - product).square().mean() / product.square().mean()
+    assert error < 0.25  # what the dropped directions held
+    # Both sides of a direction weigh alike, and the kept ones are the heavy ones.
+    halves = [(x - s)[..., :half].square().mean((0, 1)) for x, s in ((query, shift * spread), (key, shift * spread))]
+    assert torch.allclose(halves[0], halves[1], rtol=1e-3)
+    assert (halves[0][:, :-1] >= halves[0][:, 1:]).all()
+
+
+def test_all_directions_lose_nothing() -> None:
+    given = inputs(6)
+    moments = QueryKeyMoments(given, lambda tensor: tensor)
+    moments.linear_maps(MapChoice(1.0, paired=True, shift=1.0))
+    assert moments._directions is not None
+    for query_matrix, key_matrix, _ in moments._directions:
+        assert torch.allclose(query_matrix @ key_matrix.T, torch.eye(6, dtype=torch.float64), atol=1e-5)
+
+
+@pytest.mark.parametrize("choice", [MapChoice(2.0, paired=True, shift=0.5), MapChoice(1.0, shift=0.5)])
+@pytest.mark.parametrize("name", ["sd15", "unet2d", "dit"])
+def test_folded_maps_are_the_maps(name: str, choice: MapChoice) -> None:
+    tiny = build(name)
+    adapter = linearize(tiny.model)
+    adapter.add_deltas(("q", "k"))
+    for _ in range(2):  # the second time on top of what the first left
+        expected: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def fold(call: LayerCall, expected: dict[str, tuple[torch.Tensor, torch.Tensor]] = expected) -> None:
+            given = call.mixer_inputs()
+            assert given is not None
+            maps = QueryKeyMoments(given, lambda tensor: tensor).linear_maps(choice)
+            expected[call.name] = apply_maps(given, maps)
+            for key, matrix, shift in (("q", *maps[:2]), ("k", *maps[2:])):
+                fold_map(call.attn, key, call.mixer.deltas[key], matrix, shift)  # type: ignore[arg-type]
+            found = call.mixer_inputs()
+            assert found is not None
+            assert torch.allclose(found.query, expected[call.name][0], rtol=1e-3, atol=1e-4)
+            assert torch.allclose(found.key, expected[call.name][1], rtol=1e-3, atol=1e-4)
+
+        with torch.no_grad(), watch_teacher(adapter, fold):
+            tiny()
+        assert set(expected) == set(adapter.layers)
+
+
+def test_scale_has_geometric_mean_one() -> None:
+    moments = QueryKeyMoments(inputs(), lambda tensor: tensor)
+    for exponent in (0.0, 0.5, 1.0):
+        assert moments.scale(exponent).log().sum().item() == pytest.approx(0.0, abs=1e-4)
+    assert torch.equal(moments.scale(0.0), torch.ones(12))
+
+
+def test_what_a_layer_allows() -> None:
+    both = candidates((1.0, 2.0), (0.0,), (0.5,), (0.5, 1.0), shiftable=True, pairable=True)
+    assert len(both) == 2 + 2 + 4 and len(set(both)) == 8
+    assert not any(
+        choice.paired for choice in candidates((1.0,), (0.0,), (0.5,), (0.5,), shiftable=True, pairable=False)
+    )
+    assert candidates((1.0,), (0.0,), (0.5,), (0.5,), shiftable=False, pairable=False) == [MapChoice(1.0)]

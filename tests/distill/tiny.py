@@ -1,0 +1,85 @@
+"""A tiny random text-to-image pipeline of the real classes, and what the distillation tests make from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from flatten_diffusion.distill import CacheSettings, LatentCache, build_cache, prompts_as_examples
+from flatten_diffusion.scenes.build import build_tokenizer
+
+CAPTIONS = ("a red circle", "a blue square", "two green stars", "a cross", "a pink ring", "a mirrored pair")
+
+
+def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
+    """32 x 32 pixels natively, 4x autoencoder with 4 channels, attention at 8 x 8 and 4 x 4 tokens."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = build_tokenizer()
+        pipeline = StableDiffusionPipeline(
+            vae=AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                block_out_channels=(8, 8, 8),
+                latent_channels=4,
+                norm_num_groups=4,
+                sample_size=32,
+                scaling_factor=0.5,
+            ),
+            text_encoder=CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=len(tokenizer),
+                    hidden_size=24,
+                    intermediate_size=32,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    max_position_embeddings=24,
+                    bos_token_id=tokenizer.bos_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            ),
+            tokenizer=tokenizer,
+            unet=UNet2DConditionModel(
+                sample_size=8,
+                block_out_channels=(16, 32),
+                layers_per_block=1,
+                norm_num_groups=8,
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                cross_attention_dim=24,
+                attention_head_dim=2,
+            ),
+            scheduler=DDIMScheduler(
+                prediction_type=prediction_type, clip_sample=False, steps_offset=1, set_alpha_to_one=False
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        sharpen(pipeline.unet)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sharpen(model: Any, factor: float = 4.0) -> None:
+    """Queries and keys grown, so that the random softmax differs from a plain mean."""
+    for name, parameter in model.named_parameters():
+        if "attn1.to_q" in name or "attn1.to_k" in name:
+            parameter.data *= factor
+
+
+def drawn_cache(
+    pipeline: Any, folder: Path, count: int = 24, buckets: tuple[tuple[int, int], ...] = ((32, 32),)
+) -> LatentCache:
+    """Examples that the pipeline drew in one step."""
+    examples = prompts_as_examples([CAPTIONS[i % len(CAPTIONS)] for i in range(count)])
+    settings = CacheSettings(buckets, draw_steps=1, shard_size=8, batch_size=8)
+    return build_cache(pipeline, pipeline.unet, examples, folder, settings)
