@@ -115,9 +115,13 @@ def _feature_loss(student: dict[str, torch.Tensor], teacher: dict[str, torch.Ten
 
 
 def relative_error(answer: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over the mean square of `wanted`, in float32."""
+    """Each sample's squared error over the square of `wanted`, averaged over the batch, in float32.
+
+    Sample by sample, so that a batch split over processes gives the loss and the gradient of the whole.
+    """
     wanted = wanted.detach().float()
-    return (answer.float() - wanted).square().mean() / wanted.square().mean().clamp(min=1e-12)
+    error, power = (x.square().flatten(1).mean(1) for x in (answer.float() - wanted, wanted))
+    return (error / power.clamp(min=1e-12)).mean()
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,11 @@ def test_parts_are_what_they_say() -> None:
     guided = unconditional + 4 * (conditional - unconditional)
     wanted = teacher_pair[0] + 4 * (teacher_pair[1] - teacher_pair[0])
     features = [
-        float((student_features.outputs[name] - output).square().mean() / output.square().mean())
+        sum(
+            float((answer - wanted).square().sum() / wanted.square().sum())
+            for answer, wanted in zip(student_features.outputs[name], output, strict=True)
+        )
+        / len(output)
         for name, output in teacher_features.outputs.items()
     ]
     expected = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,4 +30,6 @@ def command_line(*arguments: object, processes: int = 1) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    # The same number of threads as here: it decides how sums are grouped, and with it the last bits of a picture.
+    threads = str(torch.get_num_threads())
+    return os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
