@@ -39,7 +39,14 @@ from flatten_diffusion.distill import (
     build_cache,
     image_folder,
 )
-from flatten_diffusion.mixers import FocusedLinearAttention, Mixer, MixerSpec, ProjectionDelta, register_mixer
+from flatten_diffusion.mixers import (
+    FocusedLinearAttention,
+    Grid,
+    Mixer,
+    MixerSpec,
+    ProjectionDelta,
+    register_mixer,
+)
 
 from .files import write_json
 from .versions import environment
@@ -68,7 +75,7 @@ class EluMlpAttention(Mixer):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        grid: tuple[int, int] | None = None,
+        grid: Grid | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Mixer.forward`; no mask."""
@@ -95,7 +102,7 @@ class MergedHeads(Mixer):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        grid: tuple[int, int] | None = None,
+        grid: Grid | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Mixer.forward`."""

@@ -3,15 +3,17 @@
 Every round runs each variant once, in turn, so that a busy machine slows all of them alike; medians and ratios are what
 counts. `ratio_to_sdpa` is the best softmax backend's time over the variant's. `ratio_to_bytes` is the time of reading
 query, key and value and writing the output once, at the copy bandwidth measured in the same rounds, over the variant's.
+On CUDA, `public:...` is the nearest Triton linear attention on the package index, where installed: see
+`public_variants`. `python -m eval.bench_cpu` makes the whole table for two CPU cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatten_diffusion.ops import available_backends, focused_linear_attention
+from flatten_diffusion.ops.crossover import device_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COPY_BYTES = 128 * 2**20
@@ -50,6 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="also time the operator under torch.compile")
     parser.add_argument("--graphs", action="store_true", help="CUDA: replay captured graphs (no launch cost)")
     parser.add_argument("--no_sdpa", action="store_true")
+    parser.add_argument("--no_public", action="store_true", help="leave out Triton linear attentions of other packages")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the result there")
     options = parser.parse_args(arguments)
@@ -103,9 +107,36 @@ def variants(options: argparse.Namespace, tokens: int) -> dict[str, Callable[[],
     for backend in available_backends(device):
         if backend != "reference":
             found[f"linear:{backend}"] = timed(linear(backend), heads_first=False)
+    if device.type == "cuda" and not (options.no_public or options.backward):
+        for name, forward in public_variants(query, key, value).items():
+            found[name] = timed(forward, heads_first=False)
     if options.compile:
         found["linear:compiled"] = timed(torch.compile(linear("auto"), dynamic=False), heads_first=False)
     return found
+
+
+def public_variants(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Triton linear attentions of other packages on the same tensors.
+
+    None on the package index has this operation, attention over all tokens (looked at: fla-core 0.6.0 and
+    lightning-attn 0.0.5, causal only; flash-bidirectional-linear-attention, which has it, is not on the index). The
+    nearest, fla's chunked causal kernel, multiplies about as much; it runs on rectified query and key, without
+    focused map and convolution.
+    """
+    name = "public:fla chunk (causal, no map)"
+    try:
+        linear: Any = importlib.import_module("fla.ops.linear_attn")
+    except ImportError as error:
+        reason = f"fla-core is not installed ({error})"
+
+        def missing() -> torch.Tensor:
+            raise RuntimeError(reason)
+
+        return {name: missing}
+    positive_query, positive_key = (F.relu(x) + 1e-6 for x in (query, key))
+    return {name: lambda: linear.chunk_linear_attn(positive_query, positive_key, value, normalize=True)[0]}
 
 
 def captured(function: Callable[[], object]) -> Callable[[], object]:
@@ -145,8 +176,9 @@ def measure(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
             for _ in range(options.warmup):
                 function()
             runnable[name] = captured(function) if options.graphs else function
-        except RuntimeError as error:  # a backend that does not take this shape, or memory running out
-            failures[name] = str(error).splitlines()[0]
+        # A backend that does not take this shape, a package that is not there, or memory running out.
+        except (RuntimeError, AssertionError, ValueError) as error:
+            failures[name] = (str(error) or type(error).__name__).splitlines()[0]
     source = torch.randn(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     runnable["copy"] = lambda: target.copy_(source)
@@ -171,23 +203,13 @@ def measure(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
     return {"tokens": tokens, "copy_bytes_per_second": bandwidth, "variants": rows, "failures": failures}
 
 
-def cpu_name() -> str:
-    """Linux keeps the model's name where `platform` does not look."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def header(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
     settings = {key: value for key, value in vars(options).items() if key != "json"}
     return settings | {
         "torch": torch.__version__,
-        "cpu": cpu_name(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": device_name(torch.device("cpu")),
+        "gpu": device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from flatten_diffusion.mixers import Mixer
+from flatten_diffusion.mixers import Grid, Mixer
 from flatten_diffusion.models import MIXER
 
 
@@ -30,7 +31,7 @@ class AttentionFree(Mixer):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        grid: tuple[int, int] | None = None,
+        grid: Grid | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         _keep_projections(query, key, value)
@@ -42,7 +43,7 @@ def attention_free(adapter: Any) -> Iterator[None]:
     """Inside, the adapter's layers hand their values on instead of mixing them."""
     kept = [(attention, getattr(attention, MIXER)) for _, attention in adapter.attention_modules()]
     for attention, mixer in kept:
-        setattr(attention, MIXER, AttentionFree(mixer.spec))
+        setattr(attention, MIXER, AttentionFree(replace(mixer.spec, joint=None)))
     try:
         yield
     finally:

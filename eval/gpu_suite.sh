@@ -3,7 +3,8 @@
 #
 #   eval/gpu_suite.sh OUTPUT_DIR [correctness] [operator] [models] [train]      (all four when none is named)
 #
-# Needs torch with CUDA, triton, diffusers and the package's other requirements importable from this checkout.
+# Needs torch with CUDA, triton, diffusers and the package's other requirements importable from this checkout. With
+# fla-core installed (`pip install --no-deps fla-core einops`) the operator is also timed beside its nearest kernel.
 # PYTHON chooses the interpreter, TRAIN_SECONDS bounds the training of each stage (default 420), RESOLUTION its size
 # (default 512). Results are JSON and logs in OUTPUT_DIR; a step that fails is named at the end and fails the suite.
 set -uo pipefail
@@ -47,6 +48,10 @@ for part in $steps; do
         --head_dim 40 --kernel_size 5 --tokens 16384 --backward --json "$output/operator_backward.json"
       ;;
     models)
+      for arch in sd15 sdxl pixart; do # "auto" must not be slower than softmax at any size
+        step "auto_$arch" "$python" -m eval.bench_models --arch "$arch" --sizes 256 512 1024 2048 --dtype bfloat16 \
+          --device cuda --batch 2 --json "$output/auto_$arch.json"
+      done
       for arch in sd15 sdxl pixart; do
         step "throughput_$arch" "$python" -m eval throughput --arch "$arch" --sizes 1024 2048 4096 --dtype bfloat16 \
           --fewer --rounds 5 --device cuda --offline --json "$output/throughput_$arch.json" --plot "$output/throughput_$arch.png"

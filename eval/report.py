@@ -19,7 +19,7 @@ from .plot import throughput_png
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--accent:#0a7d5a}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:1100px;padding:1rem;font:16px/1.5 system-ui,sans-serif}
+body{margin:0 auto;max-width:1100px;padding:1rem;overflow-wrap:anywhere;font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem;line-height:1.25;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}
 th,td{padding:.35rem .6rem;border-bottom:1px solid var(--line);text-align:right;font-variant-numeric:tabular-nums}

@@ -13,6 +13,7 @@ from diffusers.utils.import_utils import is_xformers_available
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatten_diffusion import AdapterConfig, linearize
+from flatten_diffusion.mixers import count_tokens
 from flatten_diffusion.models import LAYER
 from flatten_diffusion.ops import available_backends
 
@@ -233,7 +234,7 @@ def _too_large(
     latents = (size[0] // options.compression, size[1] // options.compression)
     # A conversion without convolution tracks no grid: then every latent may be a token.
     grids = [(row.heads or 1, row.grid or latents) for row in adapter.report() if row.converted]
-    scores = max(heads * (grid[0] * grid[1]) ** 2 for heads, grid in grids)
+    scores = max(heads * count_tokens(grid) ** 2 for heads, grid in grids)
     # Scores, their softmax and one temporary, in float32.
     needed = 3 * 4 * scores * options.batch * options.guidance_batches
     free = free_memory(device)

@@ -1,10 +1,11 @@
-"""Train the embedded scenes pipeline from nothing: its autoencoder, its text encoder and UNet, its decoder once more.
+"""Train the embedded scenes pipeline from nothing: its autoencoder, and its text encoder and UNet.
 
     accelerate launch examples/train_scenes.py --output_dir out/scenes --mixed_precision bf16
 
 Killed at any moment, the same command goes on from the newest checkpoint. Two CPU cores need about an hour and a half
-at --resolution 128; with a CUDA GPU use --resolution 512. The pictures are drawn by flatten_diffusion.scenes as
-training goes; captions that `is_held_out` are never trained on. output_dir/pipeline is the trained pipeline,
+at --resolution 128 (fastest as two processes of one thread each); with a CUDA GPU use --resolution 512. The pictures
+are drawn by flatten_diffusion.scenes; captions that `is_held_out` are never trained on. The latents are those of
+`picture_latents`, so either stage can be trained first. output_dir/pipeline is the trained pipeline,
 output_dir/export the same in float16, as it ships in flatten_diffusion/scenes/weights.
 """
 
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, ModelMixin, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -35,6 +36,7 @@ from tqdm.auto import tqdm
 from flatten_diffusion.scenes.build import build_pipeline, export_pipeline
 from flatten_diffusion.scenes.check import fact_accuracy
 from flatten_diffusion.scenes.grammar import sample_captions
+from flatten_diffusion.scenes.latents import picture_latents
 from flatten_diffusion.scenes.render import render
 
 logger = get_logger(__name__, log_level="INFO")
@@ -43,16 +45,16 @@ logger = get_logger(__name__, log_level="INFO")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("scenes-model"))
-    parser.add_argument("--stages", default="vae,denoiser,decoder", help="comma-separated; see the functions train_*")
+    parser.add_argument("--stages", default="vae,denoiser", help="comma-separated; see the functions train_*")
     parser.add_argument("--resolution", type=int, default=128, help="native picture side in pixels")
-    parser.add_argument("--num_scenes", type=int, default=20_000, help="rendered scenes whose latents are cached")
+    parser.add_argument("--num_scenes", type=int, default=32_000, help="rendered scenes whose latents are cached")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None)
     parser.add_argument("--vae_train_steps", type=int, default=4000)
     parser.add_argument("--vae_batch_size", type=int, default=16)
     parser.add_argument("--vae_learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--vae_crop", type=int, default=64, help="training crop in pixels, a multiple of 8")
-    parser.add_argument("--kl_weight", type=float, default=2e-4)
+    parser.add_argument("--latent_noise", type=float, default=0.25, help="most noise on the decoder's latents")
     parser.add_argument("--max_train_steps", type=int, default=12_000, help="steps of the denoiser")
     parser.add_argument("--max_train_seconds", type=float, default=math.inf, help="per stage; the schedule adapts")
     parser.add_argument("--train_batch_size", type=int, default=16)
@@ -68,9 +70,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_validation_images", type=int, default=16)
     parser.add_argument("--report_to", default=None, help="tensorboard, wandb, …")
     args = parser.parse_args()
-    unknown = set(args.stages.split(",")) - {"vae", "denoiser", "decoder"}
+    unknown = set(args.stages.split(",")) - {"vae", "denoiser"}
     if unknown:
-        parser.error(f"--stages: unknown stage {sorted(unknown)[0]!r}; use vae, denoiser, decoder")
+        parser.error(f"--stages: unknown stage {sorted(unknown)[0]!r}; use vae, denoiser")
     if args.vae_crop % 8 or not 8 <= args.vae_crop <= args.resolution:
         parser.error(f"--vae_crop {args.vae_crop} must be a multiple of 8, at most --resolution")
     if args.resolution % 32:
@@ -153,93 +155,70 @@ class Checkpoints:
             self.accelerator.load_state(str(existing[-1]))
 
 
-def _write_atomically(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+def _write_atomically(model: StableDiffusionPipeline | ModelMixin, folder: Path) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial, safe_serialization=True)
+    model.save_pretrained(partial, safe_serialization=True)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-def train_vae(args: argparse.Namespace, accelerator: Accelerator, vae: AutoencoderKL) -> None:
-    """Train encoder and decoder, set the scaling factor, write output_dir/vae."""
-    pictures = _train_autoencoder(args, accelerator, vae, decoder_only=False)
-    vae.eval()
-    with torch.no_grad():
-        sample = _to_model_range(pictures[:256], accelerator.device)
-        latents = torch.cat([vae.encode(part).latent_dist.mean for part in sample.split(32)])
-    vae.register_to_config(scaling_factor=1.0 / latents.std().item())
-    if accelerator.is_main_process:
-        vae.save_pretrained(args.output_dir / "vae")
-    accelerator.wait_for_everyone()
-
-
-def train_decoder(args: argparse.Namespace, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> None:
-    """Refine the decoder while the encoder, and with it every latent the UNet learned on, stays as it is."""
-    _train_autoencoder(args, accelerator, pipeline.vae, decoder_only=True)
-    if accelerator.is_main_process:
-        _write_atomically(pipeline, args.output_dir / "pipeline")
-    accelerator.wait_for_everyone()
-
-
 class Autoencoder(torch.nn.Module):
-    """Encode, sample, decode as one forward pass, so that several processes exchange their gradients."""
+    """Encode a picture, decode given latents, as one forward pass, so that several processes exchange gradients."""
 
-    def __init__(self, vae: AutoencoderKL, decoder_only: bool) -> None:
+    def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
-        self.vae, self.decoder_only = vae, decoder_only
+        self.vae = vae
 
-    def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[B, 3, side, side] in -1..1 -> the same decoded, posterior mean and log variance (float32)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
-            posterior = self.vae.encode(pictures).latent_dist
-        return self.vae.decode(posterior.sample()).sample, posterior.mean.float(), posterior.logvar.float()
+    def forward(self, pictures: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Pictures [B, 3, side, side] in -1..1 and latents -> decoded latents, posterior mean and log variance."""
+        posterior = self.vae.encode(pictures).latent_dist
+        return self.vae.decode(latents).sample.float(), posterior.mean.float(), posterior.logvar.float()
 
 
-def _train_autoencoder(
-    args: argparse.Namespace, accelerator: Accelerator, vae: AutoencoderKL, decoder_only: bool
-) -> torch.Tensor:
-    """L1 + L2 reconstruction and a small KL term on random crops; returns the pictures, uint8 [n, 3, side, side]."""
-    stage = "decoder" if decoder_only else "vae"
-    captions = sample_captions(min(args.num_scenes, 3000), args.seed, held_out=False)
+def train_vae(args: argparse.Namespace, accelerator: Accelerator, vae: AutoencoderKL) -> None:
+    """The encoder learns the latents of `picture_latents`, the decoder to undo them; writes output_dir/vae."""
+    captions = sample_captions(min(args.num_scenes, 3000), args.seed, held_out=False, different=False)
     pictures = torch.cat(list(render_batches(captions, args.resolution, 256, args.seed)))
     vae.train()
-    for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(not decoder_only)
-    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.vae_learning_rate, weight_decay=0.0)
-    model, optimizer = accelerator.prepare(Autoencoder(vae, decoder_only), optimizer)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_learning_rate, weight_decay=0.0)
+    model, optimizer = accelerator.prepare(Autoencoder(vae), optimizer)
     progress = Progress(args.vae_train_steps, args.max_train_seconds)
     accelerator.register_for_checkpointing(progress)
-    checkpoints = Checkpoints(accelerator, args.output_dir / f"{stage}-checkpoints", args.checkpoints_total_limit)
+    checkpoints = Checkpoints(accelerator, args.output_dir / "vae-checkpoints", args.checkpoints_total_limit)
     checkpoints.resume()
     progress.start_clock()
     bar = tqdm(total=args.vae_train_steps, initial=progress.step, disable=not accelerator.is_local_main_process)
     while progress.share < 1:
         # The last part sees whole pictures, so that group norms meet the statistics they will be used with.
-        crop, count = (args.vae_crop, args.vae_batch_size) if progress.share < 0.75 else (args.resolution, 8)
+        crop, count = (args.vae_crop, args.vae_batch_size) if progress.share < 0.6 else (args.resolution, 4)
         batch = _random_crops(pictures, count, crop, accelerator.device)
+        latents = picture_latents(batch)
+        # What a denoiser draws is a little off: the decoder meets errors of up to that size in training.
+        blur = args.latent_noise * torch.rand(count, 1, 1, 1, device=latents.device)
         for group in optimizer.param_groups:
             group["lr"] = progress.learning_rate(args.vae_learning_rate, args.lr_warmup_steps)
         with accelerator.autocast():
-            decoded, mean, log_variance = model(batch)
-        error = decoded.float() - batch
-        # Objects cover little of a picture: coloured pixels count more, or colour is learned last.
-        weight = 1 + 3 * (batch.amax(1, keepdim=True) - batch.amin(1, keepdim=True))
-        reconstruction = ((error.abs() + error.square()) * weight).mean() / weight.mean()
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        accelerator.backward(reconstruction + args.kl_weight * kl)
-        accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+            decoded, mean, log_variance = model(batch, latents + blur * torch.randn_like(latents))
+        error = decoded - batch
+        reconstruction = (error.abs() + error.square()).mean()
+        miss = (mean - latents).square()
+        likelihood = 0.5 * (miss.detach() * (-log_variance).exp() + log_variance).mean()
+        accelerator.backward(reconstruction + miss.mean() + 0.01 * likelihood)
+        accelerator.clip_grad_norm_(vae.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         progress.tick()
         bar.update(1)
         if progress.step % 50 == 0:
-            bar.set_postfix(l1=f"{error.abs().mean().item():.4f}", kl=f"{kl.item():.2f}")
-            accelerator.log({f"{stage}/l1": error.abs().mean().item()}, step=progress.step)
+            l1, encoder_error = error.abs().mean().item(), miss.mean().sqrt().item()
+            bar.set_postfix(l1=f"{l1:.4f}", encoder=f"{encoder_error:.4f}")
+            accelerator.log({"vae/l1": l1, "vae/encoder_error": encoder_error}, step=progress.step)
         if progress.step % args.checkpointing_steps == 0:
             checkpoints.save(progress.step)
-    return pictures
+    if accelerator.is_main_process:
+        _write_atomically(vae.eval(), args.output_dir / "vae")
+    accelerator.wait_for_everyone()
 
 
 def _to_model_range(pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -257,21 +236,16 @@ def _random_crops(pictures: torch.Tensor, count: int, crop: int, device: torch.d
     return _to_model_range(torch.stack(crops), device)
 
 
-def cached_latents(
-    args: argparse.Namespace, accelerator: Accelerator, vae: AutoencoderKL
-) -> tuple[torch.Tensor, list[str]]:
-    """Scaled latents [num_scenes, C, h, w] of freshly drawn scenes and their captions, cached in output_dir."""
-    captions = sample_captions(args.num_scenes, args.seed + 1, held_out=False)
+def cached_latents(args: argparse.Namespace, accelerator: Accelerator) -> tuple[torch.Tensor, list[str]]:
+    """Latents [num_scenes, C, h, w] of freshly drawn scenes and their captions, cached in output_dir."""
+    captions = sample_captions(args.num_scenes, args.seed + 1, held_out=False, different=False)
     path = args.output_dir / "latents.safetensors"
     if accelerator.is_main_process and not path.exists():
-        encoded = []
         batches = render_batches(captions, args.resolution, 64, args.seed + 1)
-        for batch in tqdm(batches, total=math.ceil(len(captions) / 64), desc="encoding scenes"):
-            with torch.no_grad(), accelerator.autocast():
-                mean = vae.encode(_to_model_range(batch, accelerator.device)).latent_dist.mean
-            encoded.append((mean.float() * vae.config.scaling_factor).half().cpu())
+        bar = tqdm(batches, total=math.ceil(len(captions) / 64), desc="drawing scenes")
+        drawn = torch.cat([picture_latents(_to_model_range(batch, torch.device("cpu"))).half() for batch in bar])
         partial = path.with_suffix(".partial")
-        save_file({"latents": torch.cat(encoded).contiguous()}, str(partial))
+        save_file({"latents": drawn.contiguous()}, str(partial))
         partial.replace(path)
     accelerator.wait_for_everyone()
     latents = load_file(str(path))["latents"]
@@ -293,22 +267,27 @@ class Denoiser(torch.nn.Module):
 
 def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> None:
     """v-prediction on cached latents with dropped captions and an EMA; writes output_dir/pipeline."""
-    pipeline.vae.to(accelerator.device)
-    latents, captions = cached_latents(args, accelerator, pipeline.vae)
+    latents, captions = cached_latents(args, accelerator)
     tokens = _tokenize(pipeline, captions)
     empty = _tokenize(pipeline, [""])[0]
     denoiser = Denoiser(pipeline)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        denoiser.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     ema = EMAModel(denoiser.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     ema.to(accelerator.device)
     if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # one graph compiles in minutes, DDP's buckets in many more
         pipeline.unet.compile()
     progress = Progress(args.max_train_steps, args.max_train_seconds)
     accelerator.register_for_checkpointing(progress, ema)
     checkpoints = Checkpoints(accelerator, args.output_dir / "denoiser-checkpoints", args.checkpoints_total_limit)
     checkpoints.resume()
     scheduler = pipeline.scheduler
+    draws = (args.output_dir / "vae").is_dir()
+    if not draws:
+        logger.info("the autoencoder is not trained yet: no validation pictures")
     progress.start_clock()
     bar = tqdm(total=args.max_train_steps, initial=progress.step, disable=not accelerator.is_local_main_process)
     running = 0.0
@@ -342,7 +321,7 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, pipeline:
             accelerator.log({"denoiser/loss": running}, step=progress.step)
         if progress.step % args.checkpointing_steps == 0:
             checkpoints.save(progress.step)
-        if progress.step % args.validation_steps == 0 and accelerator.is_main_process:
+        if progress.step % args.validation_steps == 0 and accelerator.is_main_process and draws:
             _validate(args, pipeline, ema, denoiser, progress.step)
             progress.start_clock()
     ema.copy_to(denoiser.parameters())
@@ -398,21 +377,17 @@ def main() -> None:
     if "vae" in stages and not (trained_vae / "config.json").exists():
         train_vae(args, accelerator, pipeline.vae)
         accelerator.free_memory()
-    if "denoiser" in stages and not (trained_pipeline / "model_index.json").exists():
-        if not trained_vae.is_dir():
-            raise SystemExit(f"no trained autoencoder in {trained_vae}: run --stages vae first")
+        accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.report_to)
+    if trained_vae.is_dir():
         pipeline.vae = AutoencoderKL.from_pretrained(trained_vae).eval()
-        accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.report_to)
+    if "denoiser" in stages and not (trained_pipeline / "model_index.json").exists():
         train_denoiser(args, accelerator, pipeline)
-        accelerator.free_memory()
-    if "decoder" in stages:
-        if not trained_pipeline.is_dir():
-            raise SystemExit(f"no trained pipeline in {trained_pipeline}: run --stages denoiser first")
-        pipeline = StableDiffusionPipeline.from_pretrained(trained_pipeline)
-        accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.report_to)
-        train_decoder(args, accelerator, pipeline)
-    if accelerator.is_main_process and (trained_pipeline / "model_index.json").exists():
-        export_pipeline(StableDiffusionPipeline.from_pretrained(trained_pipeline), args.output_dir / "export")
+    if accelerator.is_main_process and trained_vae.is_dir() and trained_pipeline.is_dir():
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            trained_pipeline, vae=AutoencoderKL.from_pretrained(trained_vae)
+        )
+        _write_atomically(pipeline, trained_pipeline)
+        export_pipeline(pipeline, args.output_dir / "export")
     accelerator.end_training()
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
-from ..mixers import PROJECTIONS, list_mixers
+from ..mixers import PROJECTIONS, list_joints, list_mixers
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,13 @@ class AdapterConfig:
         kernel_size: side of the depthwise convolution on the token grid, odd; 0 leaves it out, and with it the need
             for a grid.
         min_tokens: a call with fewer tokens stays softmax, decided at each call from its real size. The default 0
-            converts every size; below about head_dim tokens softmax is the cheaper one.
+            converts every size. "auto": below what is measured, so that no size is slower than the original: linear
+            is timed against softmax once per device, dtype, head size and kernel size (a few seconds, at `linearize`,
+            `load_adapter` or the first pass on another device or in another dtype), and what was found is kept in
+            $FLATTEN_DIFFUSION_CACHE, else $XDG_CACHE_HOME/flatten_diffusion, else ~/.cache/flatten_diffusion. Layers
+            whose loaded weights are trained stay linear at every size all the same, unless `load_adapter` is passed
+            `min_tokens`; `Adapter.report` says what that costs. Every process decides for itself: pass a number where
+            several must agree (sharded training).
         include: shell-style patterns over attention paths ("down_blocks.*"); None means every layer that can be
             converted.
         exclude: patterns of layers to leave alone; wins over `include`.
@@ -28,6 +34,9 @@ class AdapterConfig:
         deltas: projections of each converted layer that learn an addition, out of "q", "k", "v", "out";
             none of them changes a base weight.
         delta_rank: rank of those additions, kept as LoRA factors; None means full matrices.
+        joint: how layers over picture and text together share a picture query's attention between the two, one of
+            `flatten_diffusion.mixers.list_joints()`: "shared_normalizer" (in proportion to the softmax's own
+            partition, which is estimated for the picture) or "gated_branches" (one learned share per head).
 
     Raises:
         ValueError: a value out of range, or an unknown mixer.
@@ -36,16 +45,19 @@ class AdapterConfig:
     mixer: str = "focused_linear"
     focusing_factor: float = 3.0
     kernel_size: int = 5
-    min_tokens: int = 0
+    min_tokens: int | Literal["auto"] = 0
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     focusing_factors: Mapping[str, float] = field(default_factory=dict)
     deltas: tuple[str, ...] = ()
     delta_rank: int | None = None
+    joint: str = "shared_normalizer"
 
     def __post_init__(self) -> None:
         if self.mixer not in list_mixers():
             raise ValueError(f"Unknown mixer {self.mixer!r}: choose one of {', '.join(list_mixers())}.")
+        if self.joint not in list_joints():
+            raise ValueError(f"Unknown joint {self.joint!r}: choose one of {', '.join(list_joints())}.")
         if not _is_power(self.focusing_factor):
             raise ValueError(f"focusing_factor is {self.focusing_factor!r}: pass a positive, finite number.")
         powers = self.focusing_factors
@@ -59,8 +71,8 @@ class AdapterConfig:
             raise ValueError(f"delta_rank is {self.delta_rank!r}: pass a whole number from 1, or None for full.")
         if not _is_count(self.kernel_size) or (self.kernel_size != 0 and self.kernel_size % 2 == 0):
             raise ValueError(f"kernel_size is {self.kernel_size!r}: pass an odd number, or 0 for no convolution.")
-        if not _is_count(self.min_tokens):
-            raise ValueError(f"min_tokens is {self.min_tokens!r}: pass a whole number, 0 or more.")
+        if self.min_tokens != "auto" and not _is_count(self.min_tokens):
+            raise ValueError(f"min_tokens is {self.min_tokens!r}: pass a whole number, 0 or more, or 'auto'.")
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
             if patterns is None and name == "include":

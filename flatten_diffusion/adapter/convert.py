@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,19 +13,29 @@ from torch import nn
 
 from ..mixers import PROJECTIONS, Mixer, MixerSpec, ProjectionDelta, create_mixer
 from ..models import (
+    AUTO,
     LAYER,
     MIXER,
     ConvertedLayer,
+    CrossoverHook,
     Finding,
     FocusedLinearAttnProcessor,
     GridHook,
+    Projection,
+    ReboundProcessor,
+    find_projection,
     native_processor,
+    place_of,
+    rebind,
+    remove_crossover_hook,
     remove_hooks,
+    softmax_below_on,
+    stays_here,
     survey,
 )
 from ..models.grid import GuardHook
 from .config import AdapterConfig
-from .handle import ADAPTER, Adapter
+from .handle import ADAPTER, OURS, Adapter
 
 logger = logging.get_logger(__name__)
 
@@ -60,11 +70,13 @@ def resolve_model(model_or_pipeline: Any) -> nn.Module:
 def linearize(model_or_pipeline: Any, config: AdapterConfig | None = None) -> Adapter:
     """Replace the softmax self-attention of a diffusers model by learnable focused linear attention, in place.
 
-    Every image self-attention layer whose native processor is AttnProcessor2_0 (or its fused form) gets a mixer as
-    the submodule `flatten_mixer` of its attention module; what it learns starts where it adds nothing. The token grid
-    is read from the model's real input at each forward pass, so any size and aspect ratio works, also under gradient
-    checkpointing enabled by the model's own `enable_gradient_checkpointing`. Cross-attention, temporal attention,
-    calls with a mask and layers outside the known families stay softmax, bit for bit: see `Adapter.report`.
+    Every self-attention layer of the known families that holds a picture gets a mixer as the submodule
+    `flatten_mixer` of its attention module; what it learns starts where it adds nothing. The token grid is read from
+    the model's real input at each forward pass, so any size and aspect ratio works, also under gradient checkpointing
+    enabled by the model's own `enable_gradient_checkpointing`. Where picture and text share one sequence (SD3, Flux),
+    attention from picture to picture becomes linear, and wherever text is query or key it stays softmax (see
+    `AdapterConfig.joint`). Key padding is honoured; calls with any other mask, cross-attention, temporal attention and
+    layers outside the known families stay softmax, bit for bit: see `Adapter.report`.
 
     The new parameters have the dtype and device of their layer and require gradients. Freezing the model afterwards
     (peft's `add_adapter` does) freezes them too: `adapter.requires_grad_()` undoes that. They appear in the model's
@@ -130,15 +142,31 @@ def check_unconverted(model: nn.Module, findings: Sequence[Finding]) -> None:
 def check_processors(chosen: Sequence[Finding]) -> None:
     """Raise ValueError when a layer to convert cannot be taken over exactly."""
     for finding in chosen:
-        name = type(finding.attn.processor).__name__
-        if type(finding.attn.processor) not in _CONVERTIBLE:
+        attn: Any = finding.attn
+        name = type(attn.processor).__name__
+        native = () if finding.family is None else finding.family.native
+        if native and name not in native:
+            raise ValueError(
+                f"{finding.name} runs {name}: put {' or '.join(native)} back first (unload IP-Adapters, disable what "
+                "else replaced it), or exclude the layer."
+            )
+        if native:
+            rebind(attn.processor)  # raises when its source is of no use
+        elif type(attn.processor) not in _CONVERTIBLE:
             raise ValueError(
                 f"{finding.name} runs {name}: put AttnProcessor2_0() back first (disable attention slicing, xFormers "
                 "or the custom processor), or exclude the layer."
             )
-        hook = getattr(finding.attn.to_q, "_hf_hook", None)
+        hook = getattr(_query(attn).module(attn), "_hf_hook", None)
         if getattr(hook, "offload", False):
             raise ValueError(f"{finding.name} is offloaded layer by layer: convert before enabling sequential offload.")
+
+
+def _query(attn: nn.Module) -> Projection:
+    """The projection that tells a layer's device and dtype."""
+    query = find_projection(attn, "q")
+    assert query is not None, "every layer of a known family has a query projection"
+    return query
 
 
 def build_mixers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, Mixer]:
@@ -146,11 +174,12 @@ def build_mixers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, 
     mixers = {}
     for finding in chosen:
         attn: Any = finding.attn
-        weight = attn.to_q.weight
+        weight = _query(attn).module(attn).weight
         # Quantised and float8-stored weights do not tell the dtype that the layer computes in.
         dtype = weight.dtype if weight.dtype in _FLOATS else _compute_dtype(attn)
         power = config.focusing_factors.get(finding.name, config.focusing_factor)
-        spec = MixerSpec(attn.heads, attn.inner_dim // attn.heads, power, config.kernel_size)
+        joint = None if finding.place == "alone" else config.joint
+        spec = MixerSpec(attn.heads, attn.inner_dim // attn.heads, power, config.kernel_size, joint)
         mixer = create_mixer(config.mixer, spec, device=weight.device, dtype=dtype)
         add_deltas(attn, mixer, config)
         mixers[finding.name] = mixer
@@ -158,29 +187,51 @@ def build_mixers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, 
 
 
 def add_deltas(attn: Any, mixer: Mixer, config: AdapterConfig) -> None:
-    """Give a mixer the projection deltas of `config` that it lacks; they add nothing yet."""
+    """Give a mixer the projection deltas of `config` that it lacks; they add nothing yet.
+
+    A layer without such a projection of its own (Flux's single streams leave "out" to the block) goes without.
+    """
     parameter = next(mixer.parameters(), None)
     for name in config.deltas:
-        if name in mixer.deltas:
+        projection = find_projection(attn, name)
+        if name in mixer.deltas or projection is None:
             continue
-        projection = projection_of(attn, name)
-        weight = projection.weight if parameter is None else parameter
-        delta = ProjectionDelta(projection.in_features, projection.out_features, config.delta_rank)
+        weight = projection.module(attn).weight if parameter is None else parameter
+        delta = ProjectionDelta(projection.in_features(attn), projection.out_features(attn), config.delta_rank)
         mixer.deltas[name] = delta.to(device=weight.device, dtype=weight.dtype)
     # Always in this order, whatever came first: parameter order decides rounding in sums over all of them.
     mixer.deltas = nn.ModuleDict({name: mixer.deltas[name] for name in PROJECTIONS if name in mixer.deltas})
 
 
 def projection_of(attn: Any, name: str) -> Any:
-    """The base projection that the delta `name` (out of `PROJECTIONS`) belongs to."""
-    return attn.to_out[0] if name == "out" else getattr(attn, f"to_{name}")
+    """The linear module that holds the projection `name` (out of `PROJECTIONS`), LoRA around it included.
+
+    Raises:
+        ValueError: the layer has no such projection of its own.
+    """
+    projection = find_projection(attn, name)
+    if projection is None:
+        raise ValueError(f"{type(attn).__name__} has no {name} projection of its own.")
+    return projection.module(attn)
 
 
 def attach(
-    model: nn.Module, config: AdapterConfig, findings: Sequence[Finding], mixers: Mapping[str, Mixer]
+    model: nn.Module,
+    config: AdapterConfig,
+    findings: Sequence[Finding],
+    mixers: Mapping[str, Mixer],
+    always_linear: Collection[str] = (),
 ) -> Adapter:
-    """Put `mixers` on their layers and install processors and hooks. Everything was checked before: cannot fail."""
-    processor = FocusedLinearAttnProcessor()
+    """Put `mixers` on their layers and install processors and hooks. Everything was checked before: cannot fail.
+
+    `always_linear` names layers that are linear at every size although the config leaves that to measurement.
+    """
+    if config.min_tokens == AUTO:  # timed here, before the model is touched; for `report` also where it decides nothing
+        for mixer in mixers.values():
+            if stays_here(place_of(mixer)[0]):
+                softmax_below_on(*place_of(mixer), config.mixer, mixer.spec)
+    plain = FocusedLinearAttnProcessor()
+    rebound: dict[int, ReboundProcessor] = {}
     originals = {finding.name: finding.attn.processor for finding in findings}
     layers: list[tuple[nn.Module, ConvertedLayer]] = []
     hooked: dict[str, tuple[Finding, list[ConvertedLayer]]] = {}
@@ -188,20 +239,29 @@ def attach(
         if finding.name not in mixers:
             continue
         attn = finding.attn
-        layer = ConvertedLayer(finding.name, attn.processor, config.min_tokens)
+        native: Any = attn.processor
+        min_tokens = config.min_tokens if isinstance(config.min_tokens, int) else 0
+        layer = ConvertedLayer(finding.name, native, min_tokens, finding.place)
+        layer.auto = config.min_tokens == AUTO and finding.name not in always_linear
         mixer = mixers[finding.name].train(attn.training)
         attn.add_module(MIXER, mixer)
         setattr(attn, LAYER, layer)
-        _set_processor(attn, processor)
+        if finding.family is not None and finding.family.native:
+            _set_processor(attn, rebound.setdefault(id(native), rebind(native)))
+        else:
+            _set_processor(attn, plain)
         layers.append((attn, layer))
         # Without a convolution too: the hook is also what replays a layer's state under checkpointing.
-        if finding.family is not None and finding.family.grid is not None:
+        if finding.family is not None and finding.family.read is not None:
             hooked.setdefault(finding.owner_name, (finding, []))[1].append(layer)
     for finding, below in hooked.values():
-        assert finding.owner is not None and finding.family is not None and finding.family.grid is not None
-        hook = GridHook(finding.family.grid, finding.family.argument, finding.argument_position, below)
+        assert finding.owner is not None and finding.family is not None and finding.family.read is not None
+        hook = GridHook(finding.family.read, finding.argument_positions, below)
         finding.owner.register_forward_pre_hook(hook, with_kwargs=True)
-    model.register_forward_pre_hook(GuardHook(layers, FocusedLinearAttnProcessor))
+    model.register_forward_pre_hook(GuardHook(layers, OURS))
+    automatic = [(layer, mixers[layer.name]) for _, layer in layers if layer.auto]
+    if automatic:
+        model.register_forward_pre_hook(CrossoverHook(config.mixer, automatic), with_kwargs=True)
     adapter = Adapter(model, config, dict(mixers), originals)
     setattr(model, ADAPTER, adapter)
     return adapter
@@ -215,9 +275,9 @@ def _choose(model: nn.Module, findings: Sequence[Finding], config: AdapterConfig
                 f"Pattern {pattern!r} matches none of the {len(names)} attention layers of {type(model).__name__}"
                 + (f": they are named like {names[0]!r}." if names else ".")
             )
-    image = [finding for finding in findings if finding.reason is None]
+    image = [f for f in findings if f.reason is None and (f.offered is None or _included(f.name, config))]
     if not image:
-        reasons = sorted({finding.reason for finding in findings if finding.reason is not None})
+        reasons = sorted({why for finding in findings if (why := finding.reason or finding.offered) is not None})
         raise ValueError(
             f"{type(model).__name__} has no layer that can be converted: "
             + ("; ".join(reasons) if reasons else "it has no attention layers")
@@ -234,20 +294,26 @@ def _choose(model: nn.Module, findings: Sequence[Finding], config: AdapterConfig
 
 def selected(name: str, config: AdapterConfig) -> bool:
     """Whether the patterns of `config` select the layer `name`."""
-    included = config.include is None or any(fnmatchcase(name, pattern) for pattern in config.include)
+    included = config.include is None or _included(name, config)
     return included and not any(fnmatchcase(name, pattern) for pattern in config.exclude)
+
+
+def _included(name: str, config: AdapterConfig) -> bool:
+    """Whether `include` names the layer; None names nothing."""
+    return any(fnmatchcase(name, pattern) for pattern in config.include or ())
 
 
 def _detach(model: nn.Module, adapter: Adapter) -> None:
     adapter.unmerge()
     replaced = []
     for name, attn in adapter.attention_modules():
-        if not isinstance(attn.processor, FocusedLinearAttnProcessor):
+        if not isinstance(attn.processor, OURS):
             replaced.append(f"{name} ({type(attn.processor).__name__})")
         _set_processor(attn, adapter.originals[name])
         delattr(attn, MIXER)
         delattr(attn, LAYER)
     remove_hooks(model)
+    remove_crossover_hook(model)
     delattr(model, ADAPTER)
     adapter.forget()
     if replaced:
@@ -255,11 +321,14 @@ def _detach(model: nn.Module, adapter: Adapter) -> None:
 
 
 def _is_ours(finding: Finding) -> bool:
-    return isinstance(finding.attn.processor, FocusedLinearAttnProcessor)
+    return isinstance(finding.attn.processor, OURS)
 
 
 def _set_processor(attn: Any, processor: Any) -> None:
-    attn.set_processor(processor)
+    if hasattr(attn, "set_processor"):
+        attn.set_processor(processor)
+    else:  # MochiAttention
+        attn.processor = processor
 
 
 def _compute_dtype(module: nn.Module) -> torch.dtype:

@@ -7,8 +7,9 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.utils import logging
@@ -86,6 +87,7 @@ def load_adapter(
     token: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    min_tokens: int | Literal["auto"] | None = None,
 ) -> Adapter:
     """Convert a model with a saved adapter, in place.
 
@@ -96,6 +98,8 @@ def load_adapter(
         model_or_pipeline: as for `linearize`; not converted yet.
         path_or_hub_id: a folder written by `save_pretrained`, or a Hub repository "user/name".
         revision, token, cache_dir, local_files_only: for the Hub, as in `huggingface_hub.hf_hub_download`.
+        min_tokens: in place of the saved setting, for every layer; see `AdapterConfig`. None keeps what was saved, but
+            where that is "auto", layers with trained weights stay linear at every size.
 
     Returns:
         The adapter, as from `linearize`.
@@ -106,6 +110,8 @@ def load_adapter(
             with an unknown mixer or setting; keys or shapes do not fit.
         OSError: a file is missing, unreadable, truncated or damaged, or the Hub cannot provide it.
     """
+    if min_tokens is not None:
+        AdapterConfig(min_tokens=min_tokens)
     model = resolve_model(model_or_pipeline)
     findings = survey(model)
     check_unconverted(model, findings)
@@ -113,11 +119,14 @@ def load_adapter(
     tensors, own_description = _read_weights(weights_path)
     description = _read_description(config_path, own_description)
     config, layers = _check_description(description, config_path, model)
+    if min_tokens is not None:
+        config = replace(config, min_tokens=min_tokens)
     chosen = _choose_saved(layers, findings, config_path)
     check_processors(chosen)
     mixers = build_mixers(chosen, config)
     _fill(mixers, tensors, weights_path)
-    return attach(model, config, findings, mixers)
+    trained = [name for name, mixer in mixers.items() if min_tokens is None and _is_trained(mixer)]
+    return attach(model, config, findings, mixers, trained)
 
 
 def _materialised(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -294,6 +303,11 @@ def _choose_saved(layers: list[str], findings: list[Finding], path: Path) -> lis
         problem = f"layer {unknown[0]!r}, which this model cannot convert" if unknown else "no or repeated layers"
         raise ValueError(f"{path} lists {problem}: the file was changed, or upgrade flatten_diffusion.")
     return [finding for finding in findings if finding.name in set(layers)]
+
+
+def _is_trained(mixer: Mixer) -> bool:
+    """Whether a mixer adds anything: all it learns starts at zero but the first factor of LoRA."""
+    return any(bool(p.any()) for name, p in mixer.named_parameters() if name.rpartition(".")[2] != "lora_A")
 
 
 def _fill(mixers: Mapping[str, Mixer], tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..mixers import Mixer
-from ..models import LAYER, MIXER, ConvertedLayer, FocusedLinearAttnProcessor, survey
+from ..mixers import Grid, Mixer, count_tokens
+from ..models import (
+    AUTO,
+    LAYER,
+    MIXER,
+    ConvertedLayer,
+    Finding,
+    FocusedLinearAttnProcessor,
+    ReboundProcessor,
+    known_ratio,
+    place_of,
+    survey,
+)
+from ..models.readings import PINNED
 from ..ops import BACKENDS
 from .config import AdapterConfig
 from .fingerprint import fingerprint
@@ -20,6 +32,9 @@ from .report import LayerReport, Report
 
 ADAPTER = "flatten_adapter"
 """Attribute of a converted model: its `Adapter`. A deep copy of the model carries its own."""
+
+OURS = (FocusedLinearAttnProcessor, ReboundProcessor)
+"""The processors that a conversion puts on layers."""
 
 
 class Adapter:
@@ -148,6 +163,51 @@ class Adapter:
         for _, mixer in self.mixers():
             mixer.backend = backend
 
+    def pin_grid(self, grid: Grid | None) -> None:
+        """Tell graphs that are compiled whole (`fullgraph=True`) the size of the picture, where they cannot see it.
+
+        Flux, Flux2 and Chroma are told a picture's shape only as numbers on the device, which a graph cannot turn into
+        sizes; uncompiled code and graphs that may break read them there and ignore this. Other models need no pin.
+
+        Args:
+            grid: (height, width) in tokens of the passes to come, or one (1, height, width) per picture where
+                reference images follow; None takes the pin away. A pass of another grid fails on the device.
+        """
+        if grid is None:
+            self.model.__dict__.pop(PINNED, None)
+        else:
+            count_tokens(grid)
+            self.model.__dict__[PINNED] = grid
+
+    def token_parallel(self, group: Any = None) -> AbstractContextManager[nn.Module]:
+        """Inside, the tokens of each picture are split by rows over the processes of a `torch.distributed` group.
+
+        For one image beyond one device's memory: every process calls the model with the same, whole inputs and gets
+        the same, whole output, but between patch embedding and output projection it holds its own rows only. All that
+        travels per layer is the sum of one [D, D] state per head, and the rows next to a cut for the convolution; the
+        output is that of one process up to rounding.
+
+            with adapter.token_parallel(), torch.inference_mode():  # under torchrun, one process per device
+                image = pipe(prompt, height=8192, width=8192).images[0]
+
+        For inference, and for models that are transformers over one picture's patches (PixArt, DiT): elsewhere other
+        layers look across rows as well. Not for torch.compile.
+
+        Args:
+            group: the processes; None means all.
+
+        Yields:
+            The model.
+
+        Raises:
+            ValueError: another class of model, or self-attention that was left softmax.
+            RuntimeError: torch.distributed is not initialised; at a pass, gradients are wanted. `disabled` raises
+                inside.
+        """
+        from .parallel import token_parallel  # it needs this module
+
+        return token_parallel(self, group)
+
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
         """Inside, the model is the original, bit for bit, with the same weights in memory; yields the model.
@@ -156,11 +216,13 @@ class Adapter:
         exception passes. A backward pass under the model's gradient checkpointing recomputes as its forward pass ran.
 
         Raises:
-            RuntimeError: the adapter is merged into the base weights.
+            RuntimeError: the adapter is merged into the base weights, or inside `token_parallel`.
         """
         if self._merged:
             raise RuntimeError("The adapter is merged into the base weights: call unmerge() first.")
         layers = self._converted_layers()
+        if any(layer.split for layer in layers):
+            raise RuntimeError("Inside token_parallel() each process holds a share of the tokens: softmax needs all.")
         self._disabled += 1
         for layer in layers:
             layer.enabled = False
@@ -181,10 +243,11 @@ class Adapter:
                 LayerReport(
                     name=finding.name,
                     converted=layer is not None and _runs(attn),
-                    reason=self._reason(finding.reason, attn, layer, finding.family.owner if finding.family else ""),
+                    reason=self._reason(finding, attn, layer),
                     heads=getattr(attn, "heads", None),
                     head_dim=attn.inner_dim // attn.heads if hasattr(attn, "inner_dim") else None,
                     grid=None if layer is None else layer.grid,
+                    time_ratio=None if layer is None else self._time_ratio(attn, layer),
                 )
             )
         return Report(type(self.model).__name__, tuple(rows))
@@ -224,23 +287,43 @@ class Adapter:
 
     def forget(self) -> None:
         """Cut the tie to the model; called by `restore`."""
+        self.pin_grid(None)
         self._model = None
         self.originals = {}
 
     def _converted_layers(self) -> list[ConvertedLayer]:
         return [getattr(attn, LAYER) for _, attn in self.attention_modules()]
 
-    def _reason(self, why_not: str | None, attn: Any, layer: ConvertedLayer | None, owner: str) -> str:
+    def _reason(self, finding: Finding, attn: Any, layer: ConvertedLayer | None) -> str:
         if layer is None:
-            return why_not or "not selected by include and exclude"
+            return finding.reason or finding.offered or "not selected by include and exclude"
         if not _runs(attn):
             return f"its processor was replaced by {type(attn.processor).__name__} after the conversion"
         text = self.config.mixer
+        if layer.place != "alone":
+            text += f" within the picture, softmax to and from other tokens ({self.config.joint})"
         if getattr(attn, MIXER).uses_grid:
-            text += f", grid from {owner}"
+            text += f", grid from {finding.family.owner if finding.family else ''}"
         if layer.min_tokens:
-            text += f", softmax below {layer.min_tokens} tokens"
+            text += f", softmax below {layer.min_tokens} tokens" + (" (measured)" if layer.auto else "")
+        elif self.config.min_tokens == AUTO and not layer.auto:
+            text += ", linear at every size: its weights are trained for it"
+        ratio = self._time_ratio(attn, layer)
+        if ratio is not None and ratio > 1:
+            text += f", {ratio:.2f} times softmax's time at this size"
+        if layer.reading is not None and layer.reading.softmax is not None:
+            text += f", softmax in the last pass: {layer.reading.softmax}"
+        elif layer.masked:
+            text += ", softmax in the last pass: its mask is no key padding"
         return text + (", disabled at the moment" if self._disabled else "")
+
+    def _time_ratio(self, attn: Any, layer: ConvertedLayer) -> float | None:
+        """Of the layer's linear product to softmax's, where the size of the last pass was linear and ever timed."""
+        tokens = 0 if layer.grid is None else count_tokens(layer.grid)
+        if tokens == 0 or tokens < layer.min_tokens:
+            return None
+        mixer: Mixer = getattr(attn, MIXER)
+        return known_ratio(*place_of(mixer), self.config.mixer, mixer.spec, tokens)
 
     def __repr__(self) -> str:
         if self._model is None:
@@ -251,4 +334,4 @@ class Adapter:
 
 
 def _runs(attn: Any) -> bool:
-    return isinstance(attn.processor, FocusedLinearAttnProcessor)
+    return isinstance(attn.processor, OURS)

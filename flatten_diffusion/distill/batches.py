@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from .buckets import Size
 from .cache import LatentCache
 from .conditioning import Conditioning
+from .denoiser_call import is_shared
 from .diffusion import Diffusion
 
 
@@ -27,7 +28,7 @@ class NoisyBatch:
         noisy: [B, C, h, w].
         timesteps: [B].
         target: [B, C, h, w], what the model is trained to predict.
-        conditioning: rows per sample, some of them the empty prompt's.
+        conditioning: rows per sample, some of them the empty prompt's; and what is common to all (see `denoiser_call`).
         captioned: the same without any left empty.
         null: the empty prompt's, as many rows.
     """
@@ -150,9 +151,11 @@ class NoisyBatches:
         timesteps = self.diffusion.draw_timesteps(self.total, generator)[self.share]
         dropped = (torch.rand(self.total, generator=generator) < self.caption_dropout)[self.share]
         size = self.cache.sizes[self._plan[step][0]]
+        shared = {name: tensor for name, tensor in self.cache.null[size].items() if is_shared(name)}
         null = {
             name: tensor.to(rows[name].dtype).expand(len(clean), *tensor.shape[1:])
             for name, tensor in self.cache.null[size].items()
+            if name not in shared
         }
         captioned = {name: rows[name] for name in null}
         conditioning = {
@@ -163,9 +166,9 @@ class NoisyBatches:
             noisy=self.diffusion.add_noise(clean, noise, timesteps).to(self.device),
             timesteps=timesteps.to(self.device),
             target=self.diffusion.target(clean, noise, timesteps).to(self.device),
-            conditioning=_to(conditioning, self.device),
-            captioned=_to(captioned, self.device),
-            null=_to(null, self.device),
+            conditioning=_to({**conditioning, **shared}, self.device),
+            captioned=_to({**captioned, **shared}, self.device),
+            null=_to({**null, **shared}, self.device),
         )
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .buckets import Size, nearest_bucket, to_pixels
-from .conditioning import Conditioning, encode_prompts
+from .conditioning import Conditioning, encode_prompts, encode_shared, family_of
 from .latents import draw_latents, encode_pictures
 from .sources import Example
 
@@ -55,7 +55,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
     Attributes:
         sizes: (height, width) in pixels of each example.
-        null: per size, the conditioning of the empty prompt (one row).
+        null: per size, the conditioning of the empty prompt (one row), and what all prompts have in common.
         broken: "name: reason" of every picture that was skipped.
 
     Raises:
@@ -152,6 +152,8 @@ def build_cache(
     """
     if not examples:
         raise ValueError("There are no examples: pass pictures or prompts.")
+    if family_of(model).recorded and any(example.open is not None for example in examples):
+        raise ValueError(f"{type(model).__name__} is distilled from what it draws itself: pass prompts, not pictures.")
     folder = Path(cache_dir) / f"latents-{fingerprint(pipeline, model, examples, settings)}"
     if process_index == 0:
         others = [path for path in folder.parent.glob("latents-*") if path != folder]
@@ -209,6 +211,8 @@ def _write_null(pipeline: Any, model: nn.Module, folder: Path, settings: CacheSe
     for size in settings.buckets:
         for name, tensor in encode_prompts(pipeline, model, [""], size).items():
             tensors[f"{_name(size)}/{name}"] = _compact(tensor)
+        for name, tensor in encode_shared(pipeline, model, size).items():
+            tensors[f"{_name(size)}/{name}"] = tensor.contiguous()  # positions and the like do not bear rounding
     _save(tensors, path, {})
 
 

@@ -3,13 +3,13 @@
 Per layer, and without gradients: the focusing power, the scale and the query and key maps (see `maps`) by the residual
 that they leave; the depthwise kernel by least squares on (softmax - linear); then the output projection by ridge
 regression towards the teacher's output. Maps and output are kept as the adapter's projection deltas; the base weights
-are only read.
+are only read. Of joint layers, the same for the picture's share of their product; how they share stays as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from diffusers.utils import logging
 
 from ..adapter import Adapter
-from ..adapter.convert import projection_of
-from ..mixers import FocusedLinearAttention, ProjectionDelta
-from ..models import MIXER
+from ..mixers import FocusedLinearAttention, Grid, ProjectionDelta, pictures_of
+from ..models import MIXER, find_projection
 from ..ops import focused_linear_attention
-from .maps import MapChoice, QueryKeyMoments, apply_maps, base_of, can_shift, candidates, fold_map
+from .maps import MapChoice, QueryKeyMoments, apply_maps, can_shift, candidates, fold_map
 from .record import LayerCall, MixerInputs, watch_teacher
 
 logger = logging.get_logger(__name__)
@@ -111,20 +110,23 @@ def _choose_maps(
         inputs = call.mixer_inputs()
         if inputs is None:
             return
-        errors[call.name] = errors.get(call.name, 0) + _output_error(call, call.mixer(*inputs.arguments()).flatten(2))
+        rows = call.student_rows()
+        assert rows is not None  # it had inputs
+        errors[call.name] = errors.get(call.name, 0) + _output_error(call, call.rows, rows)
         if not isinstance(call.mixer, FocusedLinearAttention) or not settings.powers:
             return
         if call.name not in moments:
             moments[call.name] = QueryKeyMoments(inputs, reduce)
             _check_finite(call.name, torch.stack([moments[call.name].query, moments[call.name].key]))
             scores[call.name] = {choice: _Moments() for choice in _choices(adapter, call, settings)}
-        local = _local_features(inputs)
+        local = [_shared(inputs, feature).flatten(2) for feature in _local_features(inputs)]
+        wanted = _project(call, call.mixed if inputs.rest is None else call.mixed - inputs.rest.flatten(2))
         for choice, score in scores[call.name].items():
             query, key = apply_maps(inputs, moments[call.name].linear_maps(choice))
-            mapped = MixerInputs(query, key, inputs.value, inputs.grid)
+            mapped = replace(inputs, query=query, key=key)
             scale = moments[call.name].scale(choice.scale_exponent).to(query.device)
-            linear = _linear(mapped, choice.power, scale).flatten(2)
-            score.add(torch.cat([linear, *local], dim=-1), _project(call, call.mixed))
+            linear = _shared(inputs, _linear(mapped, choice.power, scale)).flatten(2)
+            score.add(torch.cat([linear, *local], dim=-1), wanted)
 
     _watch(adapter, runs, consume)
     chosen = {}
@@ -178,7 +180,7 @@ def _solve_convolutions(
         inputs, mixer = call.mixer_inputs(), call.mixer
         if inputs is None or not isinstance(mixer, FocusedLinearAttention) or mixer.conv_weight is None:
             return
-        linear = _linear(inputs, mixer.spec.focusing_factor, mixer.scale)
+        linear = inputs.join(_linear(inputs, mixer.spec.focusing_factor, mixer.scale))
         missing = call.mixed.float().reshape(linear.shape) - linear
         sums[call.name] = sums.get(call.name, 0) + _patch_moments(inputs, missing, mixer.spec.kernel_size)
 
@@ -205,15 +207,17 @@ def _solve_outputs(
     errors: dict[str, torch.Tensor] = {}
 
     def consume(call: LayerCall) -> None:
-        inputs = call.mixer_inputs()
-        if inputs is None:
+        rows = call.student_rows()
+        if rows is None:
             return
-        mixed = call.mixer(*inputs.arguments()).flatten(2)
-        sums.setdefault(call.name, _Moments()).add(mixed, _project(call, call.mixed.float() - mixed.float()))
-        errors[call.name] = errors.get(call.name, 0) + _output_error(call, mixed)
+        errors[call.name] = errors.get(call.name, 0) + _output_error(call, call.rows, rows)
+        if "out" in call.mixer.deltas:
+            missing = _project(call, call.rows.float() - rows.float())
+            sums.setdefault(call.name, _Moments()).add(rows, missing)
 
     _watch(adapter, runs, consume)
-    left = {}
+    total = {name: reduce(error) for name, error in errors.items()}
+    left = {name: _share(error) for name, error in total.items()}
     for name, mixer in adapter.mixers():
         if name not in sums:
             continue
@@ -224,8 +228,7 @@ def _solve_outputs(
         assert isinstance(delta, ProjectionDelta)
         features = moments.second[: moments.features, : moments.features]
         delta.assign(solution[:, :-1].float(), solution[:, -1].float(), features)
-        total = reduce(errors[name])[1]
-        left[name] = float(moments.residual_of(solution) / total)
+        left[name] = float(moments.residual_of(solution) / total[name][1])
     return left
 
 
@@ -272,51 +275,74 @@ class _Moments:
 def _linear(inputs: MixerInputs, power: float, scale: torch.Tensor) -> torch.Tensor:
     """The focused linear part alone, [B, N, H, D] in float32."""
     query, key, value = (x.float() for x in (inputs.query, inputs.key, inputs.value))
-    return focused_linear_attention(query, key, value, focusing_factor=power, scale=scale.float())
+    return focused_linear_attention(
+        query, key, value, focusing_factor=power, scale=scale.float(), key_mask=inputs.key_mask
+    )
 
 
-def _images(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """[B, N, H, D] -> [B * H, D, height, width]."""
+def _shared(inputs: MixerInputs, feature: torch.Tensor) -> torch.Tensor:
+    """A part of the mixer's output as it counts in the layer's product, [B, N, H, D]."""
+    return feature if inputs.share is None else inputs.share.float() * feature
+
+
+def _frames(tokens: torch.Tensor, grid: Grid) -> list[torch.Tensor]:
+    """[B, N, H, D] -> for each picture [B * frames * H, D, height, width], in float32."""
     batch, _, heads, head_dim = tokens.shape
-    return tokens.float().permute(0, 2, 3, 1).reshape(batch * heads, head_dim, *grid)
+    pictures = pictures_of(grid)
+    parts = tokens.float().split([frames * height * width for frames, height, width in pictures], dim=1)
+    return [
+        part.reshape(batch * frames, height * width, heads, head_dim)
+        .permute(0, 2, 3, 1)
+        .reshape(batch * frames * heads, head_dim, height, width)
+        for part, (frames, height, width) in zip(parts, pictures, strict=True)
+    ]
 
 
 def _local_features(inputs: MixerInputs) -> list[torch.Tensor]:
-    """Stand-ins for the convolution while maps are compared: the values, and their 3 x 3 mean, [B, N, H * D] each."""
+    """Stand-ins for the convolution while maps are compared: the values, and their 3 x 3 mean, [B, N, H, D] each."""
     value = inputs.value.float()
     if inputs.grid is None:
         return []
-    batch, tokens, heads, head_dim = value.shape
-    blurred = F.avg_pool2d(_images(value, inputs.grid), 3, stride=1, padding=1)
-    blurred = blurred.reshape(batch, heads, head_dim, tokens).permute(0, 3, 1, 2)
-    return [value.flatten(2), blurred.flatten(2)]
+    batch, _, heads, head_dim = value.shape
+    blurred = [
+        F.avg_pool2d(frames, 3, stride=1, padding=1)
+        .reshape(-1, heads, head_dim, frames.shape[-2] * frames.shape[-1])
+        .permute(0, 3, 1, 2)
+        .reshape(batch, -1, heads, head_dim)
+        for frames in _frames(value, inputs.grid)
+    ]
+    return [value, torch.cat(blurred, dim=1)]
 
 
 def _patch_moments(inputs: MixerInputs, missing: torch.Tensor, kernel_size: int) -> torch.Tensor:
     """[D, K * K + 1, K * K + 2] in float64: per channel, the normal equations of the kernel and bias."""
     assert inputs.grid is not None
-    values, targets = _images(inputs.value, inputs.grid), _images(missing, inputs.grid)
-    head_dim, taps = values.shape[1], kernel_size * kernel_size
+    head_dim, taps = missing.shape[-1], kernel_size * kernel_size
     total = torch.zeros(head_dim, taps + 1, taps + 2, dtype=torch.float64)
-    for image, target in zip(values.split(32), targets.split(32), strict=True):  # bounds the unfolded copy
-        patches = F.unfold(image, kernel_size, padding=kernel_size // 2)
-        patches = patches.reshape(len(image), head_dim, taps, -1).permute(1, 2, 0, 3).flatten(2)  # [D, K K, B H N]
-        patches = torch.cat([patches, patches.new_ones(head_dim, 1, patches.shape[-1])], dim=1)
-        wanted = target.permute(1, 0, 2, 3).reshape(head_dim, 1, -1)
-        total += (patches @ torch.cat([patches, wanted], dim=1).transpose(1, 2)).double().cpu()
+    shares = torch.ones_like(missing[..., :1]) if inputs.share is None else inputs.share
+    for values, targets, weights in zip(
+        _frames(inputs.value, inputs.grid), _frames(missing, inputs.grid), _frames(shares, inputs.grid), strict=True
+    ):
+        for image, target, weight in zip(values.split(32), targets.split(32), weights.split(32), strict=True):
+            patches = F.unfold(image, kernel_size, padding=kernel_size // 2)  # bounded by the split
+            patches = patches.reshape(len(image), head_dim, taps, -1).permute(1, 2, 0, 3).flatten(2)  # [D, K K, B H N]
+            patches = torch.cat([patches, patches.new_ones(head_dim, 1, patches.shape[-1])], dim=1)
+            patches = patches * weight.reshape(1, 1, -1)
+            wanted = target.permute(1, 0, 2, 3).reshape(head_dim, 1, -1)
+            total += (patches @ torch.cat([patches, wanted], dim=1).transpose(1, 2)).double().cpu()
     return total
 
 
 def _project(call: LayerCall, mixed: torch.Tensor) -> torch.Tensor:
-    """The base output projection without its bias, in float32."""
-    weight = base_of(projection_of(call.attn, "out")).weight
-    return F.linear(mixed.float(), weight.float())
+    """The base output projection without its bias, in float32; nothing where the layer has none of its own."""
+    projection = find_projection(call.attn, "out")
+    return mixed.float() if projection is None else F.linear(mixed.float(), projection.weight(call.attn).float())
 
 
-def _output_error(call: LayerCall, mixed: torch.Tensor) -> torch.Tensor:
-    """[2]: squared error of the projected output for `mixed`, and the variance of the teacher's, summed."""
-    wanted = _project(call, call.mixed)
-    error = _project(call, call.mixed.float() - mixed.float()).square().sum()
+def _output_error(call: LayerCall, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """[2]: squared error of the projected output, and the variance of the teacher's, summed."""
+    wanted = _project(call, teacher)
+    error = _project(call, teacher.float() - student.float()).square().sum()
     spread = (wanted - wanted.mean((0, 1), keepdim=True)).square().sum()
     return torch.stack([error, spread]).double().cpu()
 

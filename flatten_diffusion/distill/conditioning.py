@@ -1,6 +1,7 @@
 """What each denoiser is conditioned on: how prompts become tensors, and how tensors become the model's arguments.
 
-One row of `FAMILIES` per model class. To add one, write its two functions and the row.
+One row of `FAMILIES` per model class. To add one, write its two functions and the row. A class without one is fed as
+its pipeline feeds it (see `denoiser_call`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import torch
 from diffusers.utils import logging
 from torch import nn
 
-logger = logging.get_logger(__name__)
+from .denoiser_call import Conditioning, can_record, is_shared, record_rows, record_shared, replay
 
-Conditioning = dict[str, torch.Tensor]
-"""Tensors by name, one row per sample."""
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,17 @@ class Family:
         arguments: (model, conditioning) -> keyword arguments beside the noisy sample and the timestep.
         sample: name of the noisy sample's argument.
         conditional: whether prompts mean anything.
+        packed: the model takes 2 x 2 patches as tokens [B, h w / 4, 4 C] and positions beside them, as Flux does, and
+            a timestep between 0 and 1.
+        recorded: conditioning and layout are the pipeline's own, see `denoiser_call`; the teacher has to draw the data.
     """
 
     encode: Callable[[Any, Sequence[str], tuple[int, int]], Conditioning]
     arguments: Callable[[Any, Conditioning], dict[str, Any]]
     sample: str = "sample"
     conditional: bool = True
+    packed: bool = False
+    recorded: bool = False
 
 
 def _encode_stable_diffusion(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
@@ -93,6 +98,31 @@ def _class_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
     return {"class_labels": conditioning["class_labels"]}
 
 
+def _encode_joint(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    embeddings, _, pooled, _ = pipeline.encode_prompt(
+        list(prompts), prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
+    )
+    return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+
+def _joint_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
+    return {name: conditioning[name] for name in ("encoder_hidden_states", "pooled_projections")}
+
+
+def _encode_flux(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    embeddings, pooled, _ = pipeline.encode_prompt(list(prompts), prompt_2=None)
+    return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+
+def _flux_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
+    embeddings = conditioning["encoder_hidden_states"]
+    guidance = None
+    if model.config.guidance_embeds:  # guidance is an input of such models: distilled where it is used
+        guidance = torch.full((len(embeddings),), _FLUX_GUIDANCE, device=embeddings.device)
+    text_positions = torch.zeros(embeddings.shape[1], 3, device=embeddings.device, dtype=embeddings.dtype)
+    return {**_joint_arguments(model, conditioning), "guidance": guidance, "txt_ids": text_positions}
+
+
 def _encode_nothing(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
     return {}
 
@@ -101,20 +131,34 @@ def _no_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
     return {}
 
 
+# The default of diffusers' FluxPipeline.
+_FLUX_GUIDANCE = 3.5
+
 FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": Family(_encode_stable_diffusion, _unet_arguments),
     "UNet2DModel": Family(_encode_nothing, _no_arguments, conditional=False),
     "PixArtTransformer2DModel": Family(_encode_pixart, _pixart_arguments, sample="hidden_states"),
     "DiTTransformer2DModel": Family(_encode_class, _class_arguments, sample="hidden_states"),
+    "SD3Transformer2DModel": Family(_encode_joint, _joint_arguments, sample="hidden_states"),
+    "FluxTransformer2DModel": Family(_encode_flux, _flux_arguments, sample="hidden_states", packed=True),
 }
 
 
+def _encode_recorded(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    return record_rows(pipeline, pipeline.transformer, prompts, size)
+
+
+_RECORDED = Family(_encode_recorded, _no_arguments, recorded=True)
+
+
 def family_of(model: nn.Module) -> Family:
-    """The row of a model. Raises ValueError for a class without one."""
+    """The row of a model, or the recorded family. Raises ValueError for what is no denoiser."""
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
-    raise ValueError(f"{type(model).__name__} cannot be distilled by this version: it knows {', '.join(FAMILIES)}.")
+    if can_record(model):
+        return _RECORDED
+    raise ValueError(f"{type(model).__name__} cannot be distilled: it is no denoiser that a pipeline calls on prompts.")
 
 
 @torch.no_grad()
@@ -122,6 +166,11 @@ def encode_prompts(pipeline: Any, model: nn.Module, prompts: Sequence[str], size
     """Conditioning of `prompts` for pictures of `size` (height, width) in pixels: CPU tensors, a row per prompt."""
     conditioning = family_of(model).encode(pipeline, prompts, size)
     return {name: tensor.detach().cpu() for name, tensor in conditioning.items()}
+
+
+def encode_shared(pipeline: Any, model: nn.Module, size: tuple[int, int]) -> Conditioning:
+    """What all prompts have in common for pictures of `size`; empty but for recorded families."""
+    return record_shared(pipeline, model, size) if family_of(model).recorded else {}
 
 
 def predict(
@@ -134,9 +183,37 @@ def predict(
     family = family_of(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     inputs = {
-        name: tensor.to(noisy.device, dtype if tensor.is_floating_point() else tensor.dtype)
+        name: tensor.to(noisy.device, dtype if tensor.is_floating_point() and not is_shared(name) else tensor.dtype)
         for name, tensor in conditioning.items()
     }
+    if family.recorded:
+        recorded: torch.Tensor = network(**replay(model, noisy.to(dtype), timesteps, inputs), return_dict=False)[0]
+        return recorded
     arguments = {family.sample: noisy.to(dtype), "timestep": timesteps, **family.arguments(model, inputs)}
+    if family.packed:
+        height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
+        arguments[family.sample] = pack_latents(arguments[family.sample])
+        arguments["img_ids"] = _positions(height, width).to(noisy.device, dtype)
+        arguments["timestep"] = (timesteps / 1000).to(dtype)
     output: torch.Tensor = network(**arguments, return_dict=False)[0]
-    return output
+    return unpack_latents(output, (height, width)) if family.packed else output
+
+
+def pack_latents(latents: torch.Tensor) -> torch.Tensor:
+    """[B, C, h, w] -> tokens [B, h w / 4, 4 C], one per 2 x 2 patch, row-major."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
+
+
+def unpack_latents(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Tokens [B, h w / 4, 4 C] on the `grid` (h / 2, w / 2) -> [B, C, h, w]; the inverse of `pack_latents`."""
+    batch, _, channels = tokens.shape
+    patches = tokens.reshape(batch, *grid, channels // 4, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * grid[0], 2 * grid[1])
+
+
+def _positions(height: int, width: int) -> torch.Tensor:
+    """[height * width, 3]: zero, row and column of each token."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)

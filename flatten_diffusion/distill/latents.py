@@ -10,16 +10,25 @@ import torch
 from torch import nn
 
 from .buckets import Size
-from .conditioning import family_of
+from .conditioning import family_of, unpack_latents
+from .denoiser_call import draw_recorded
 
 
 def pixels_per_token_step(pipeline: Any, model: nn.Module) -> int:
     """What both picture sides must be a multiple of, for this pipeline's autoencoder, patches and U-Net levels."""
     config: Any = model.config
     vae = getattr(pipeline, "vae", None)
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = 1 if vae is None else _compression(pipeline, vae)
     levels = len(config.get("block_out_channels") or ()) if "UNet" in type(model).__name__ else 0
-    return factor * int(config.get("patch_size") or 1) * 2 ** max(levels - 1, 0)
+    packed = family_of(model).packed or family_of(model).recorded
+    patch = 2 if packed else int(config.get("patch_size") or 1)
+    return factor * patch * 2 ** max(levels - 1, 0)
+
+
+def _compression(pipeline: Any, vae: Any) -> int:
+    names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+    stated = next((getattr(pipeline, name) for name in names if hasattr(pipeline, name)), None)
+    return int(stated) if stated is not None else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 @torch.no_grad()
@@ -58,7 +67,12 @@ def draw_latents(
     steps: int,
     guidance: float,
 ) -> torch.Tensor:
-    """Latents [B, C, h, w] that the pipeline itself draws for `prompts`, one seed each; float32 on CPU."""
+    """Latents that the pipeline itself draws for `prompts`, one seed each: [B, C, h, w], float32 on CPU.
+
+    Those of a recorded family have the layout that the denoiser takes.
+    """
+    if family_of(model).recorded:
+        return draw_recorded(pipeline, model, prompts, seeds, size, steps, guidance)
     arguments: dict[str, Any] = {
         "num_inference_steps": steps,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
@@ -78,6 +92,9 @@ def draw_latents(
         arguments["use_resolution_binning"] = False
     if "prompt" in accepted and getattr(pipeline, "vae", None) is not None:
         latents: torch.Tensor = pipeline(**arguments, output_type="latent").images
+        if family_of(model).packed:
+            step = pixels_per_token_step(pipeline, model)
+            latents = unpack_latents(latents, (size[0] // step, size[1] // step))
         return latents.float().cpu()
     pictures = torch.from_numpy(pipeline(**arguments, output_type="np").images).permute(0, 3, 1, 2)
     return encode_pictures(pipeline, pictures * 2 - 1)

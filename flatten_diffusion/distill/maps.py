@@ -18,6 +18,7 @@ import torch
 
 from ..adapter.convert import projection_of
 from ..mixers import ProjectionDelta
+from ..models import ReboundProcessor
 from .record import MixerInputs
 
 
@@ -87,7 +88,12 @@ def apply_maps(
 
 
 def can_shift(attn: Any) -> bool:
-    """Whether maps of query and key can be folded into their projections: no norm between, ordinary weights."""
+    """Whether maps of query and key can be folded into their projections: no norm between, ordinary weights.
+
+    Rebound layers may rotate between, and the text of joint ones reads the same keys through softmax.
+    """
+    if isinstance(attn.processor, ReboundProcessor):
+        return False
     plain = all(base_of(projection_of(attn, name)).weight.is_floating_point() for name in ("q", "k"))
     return plain and attn.norm_q is None and attn.norm_k is None
 

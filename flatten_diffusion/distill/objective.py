@@ -11,6 +11,7 @@ from torch import nn
 from ..adapter import Adapter
 from .batches import NoisyBatch
 from .conditioning import Conditioning, predict
+from .denoiser_call import is_shared
 from .diffusion import Diffusion
 from .record import FeatureTap
 
@@ -87,8 +88,11 @@ class Objective:
 
     def _guided(self, batch: NoisyBatch, per_sample: torch.Tensor) -> torch.Tensor:
         """Both branches in one batch of twice the size."""
-        doubled = {name: torch.cat([batch.null[name], batch.captioned[name]]) for name in batch.captioned}
-        noisy, timesteps = batch.noisy.repeat(2, 1, 1, 1), batch.timesteps.repeat(2)
+        doubled = {
+            name: tensor if is_shared(name) else torch.cat([batch.null[name], tensor])
+            for name, tensor in batch.captioned.items()
+        }
+        noisy, timesteps = torch.cat([batch.noisy, batch.noisy]), batch.timesteps.repeat(2)
         scale = self.weights.guidance_scale
 
         def guided() -> torch.Tensor:

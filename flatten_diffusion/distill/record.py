@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..mixers import Mixer
-from ..models import LAYER, MIXER, ConvertedLayer
+from ..mixers import Grid, Mixer
+from ..models import LAYER, MIXER, ConvertedLayer, find_projection
+from ..models.product import split_of
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,11 @@ class LayerCall:
     Attributes:
         name, attn: the layer.
         args, kwargs: what its `forward` was given.
-        output: the teacher's output, in the shape of the layer's input.
-        mixed: [B, N, C], the teacher's attention product, before the output projection.
+        output: the teacher's output, in the shape of the layer's input; joint layers with one stream for the picture
+            and one for the text: both, one behind the other along the tokens.
+        rows: [B, R, C], what the teacher's attention gives the output projection (`mixed` where the layer has none);
+            rows of the text are among them where picture and text share the projection.
+        mixed: [B, N, C], the teacher's attention product at the picture's queries.
     """
 
     name: str
@@ -31,6 +35,7 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: torch.Tensor
+    rows: torch.Tensor
     mixed: torch.Tensor
 
     @property
@@ -51,39 +56,85 @@ class LayerCall:
         enabled, layer.enabled = layer.enabled, True
         try:
             # Not through __call__: the hooks that watch the teacher must not see this call.
-            output: torch.Tensor = self.attn.forward(*self.args, **self.kwargs)
+            return _one_tensor(self.attn.forward(*self.args, **self.kwargs))
         finally:
             layer.enabled = enabled
-        return output
 
     def mixer_inputs(self) -> MixerInputs | None:
-        """What the mixer is given in `student()`; None where this call stays softmax (too few tokens)."""
-        caught: list[MixerInputs] = []
+        """What the mixer is given in `student()`; None where this call stays softmax (too few tokens, a mask)."""
+        caught: list[tuple[Any, ...]] = []
+        joined: list[tuple[torch.Tensor, torch.Tensor]] = []
+        handles = [self.mixer.register_forward_pre_hook(lambda _, args: caught.append(args))]
+        joint = self.mixer.joint
+        if joint is not None:
+            handles.append(joint.register_forward_pre_hook(lambda _, args: joined.append(joint.parts(*args[1:]))))
+        self._run_student(handles)
+        if not caught:
+            return None
+        # Mochi's attention runs sample by sample.
+        query, key, value = (torch.cat(parts) for parts in zip(*(args[:3] for args in caught), strict=True))
+        mask = None if len(caught[0]) < 5 or caught[0][4] is None else torch.cat([args[4] for args in caught])
+        rest, share = (torch.cat(parts) for parts in zip(*joined, strict=True)) if joined else (None, None)
+        return MixerInputs(query, key, value, caught[0][3], mask, rest, share)
 
-        def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
-            caught.append(MixerInputs(*args[:4]))
+    def student_rows(self) -> torch.Tensor | None:
+        """`rows` of the student; None where this call stays softmax."""
+        projection = find_projection(self.attn, "out")
+        if projection is None:
+            inputs = self.mixer_inputs()
+            return None if inputs is None else inputs.join(self.mixer(*inputs.arguments())).flatten(2)
+        caught: list[torch.Tensor] = []
+        mixed: list[Any] = []
+        columns = slice(*projection.columns or (None,))
+        module = projection.module(self.attn)
+        handles = [
+            module.register_forward_pre_hook(lambda _, args: caught.append(args[0][..., columns])),
+            self.mixer.register_forward_pre_hook(lambda _, args: mixed.append(None)),
+        ]
+        self._run_student(handles)
+        return caught[0] if mixed else None
 
-        handle = self.mixer.register_forward_pre_hook(catch)
+    def _run_student(self, handles: list[Any]) -> None:
         try:
             with torch.no_grad():
                 self.student()
         finally:
-            handle.remove()
-        return caught[0] if caught else None
+            for handle in handles:
+                handle.remove()
 
 
 @dataclass(frozen=True)
 class MixerInputs:
-    """query, key, value: [B, N, H, D]; grid: (height, width) or None."""
+    """What a mixer is given, and what becomes of its answer in a joint layer.
+
+    Attributes:
+        query, key, value: [B, N, H, D]; grid: of the tokens, or None; key_mask: bool [B, N] or None.
+        rest, share: [B, N, H, D] and [B, N, H, 1]: a joint layer's product is rest + share * (the mixer's); None where
+            it is the mixer's own.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    grid: tuple[int, int] | None = None
+    grid: Grid | None = None
+    key_mask: torch.Tensor | None = None
+    rest: torch.Tensor | None = None
+    share: torch.Tensor | None = None
 
-    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, int] | None]:
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Grid | None, torch.Tensor | None]:
         """The mixer's arguments."""
-        return self.query, self.key, self.value, self.grid
+        return self.query, self.key, self.value, self.grid, self.key_mask
+
+    def join(self, mixed: torch.Tensor) -> torch.Tensor:
+        """The layer's product from the mixer's, both [B, N, H, D]."""
+        return mixed if self.rest is None or self.share is None else self.rest + self.share * mixed
+
+
+def _one_tensor(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    if isinstance(output, torch.Tensor):
+        return output
+    # The last block of some models leaves its text unprojected, as nobody reads it.
+    return torch.cat([part for part in output if part.shape[-1] == output[0].shape[-1]], dim=1)
 
 
 @contextmanager
@@ -93,18 +144,23 @@ def watch_teacher(adapter: Adapter, consume: Callable[[LayerCall], None]) -> Ite
     Nothing is kept: a call's tensors live as long as `consume` holds them.
     """
     handles: list[Any] = []
-    mixed: dict[str, torch.Tensor] = {}
+    rows: dict[str, torch.Tensor] = {}
+    products: dict[str, list[torch.Tensor]] = {}
 
-    def keep_mixed(name: str) -> Callable[..., None]:
+    def keep_rows(name: str, columns: slice) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            mixed.setdefault(name, args[0])
+            rows.setdefault(name, args[0][..., columns])
 
         return hook
 
-    def hand_over(name: str) -> Callable[..., None]:
-        def hook(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
-            consume(LayerCall(name, attn, args, kwargs, output, mixed.pop(name)))
-            mixed.pop(name, None)  # the student's, if it ran
+    def hand_over(name: str, layer: ConvertedLayer) -> Callable[..., None]:
+        def hook(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            # Hand-written processors have no tap, and the picture alone in their rows.
+            found = [_picture_rows(layer, product) for product in products[name]]
+            products[name].clear()
+            mixed = torch.cat(found).flatten(2) if found else rows[name]
+            consume(LayerCall(name, attn, args, kwargs, _one_tensor(output), rows.get(name, mixed), mixed))
+            rows.pop(name, None)  # the student's may have come on top
 
         return hook
 
@@ -113,9 +169,13 @@ def watch_teacher(adapter: Adapter, consume: Callable[[LayerCall], None]) -> Ite
         for name, attn in adapter.attention_modules():
             layer: ConvertedLayer = getattr(attn, LAYER)
             layer.observed = True
+            layer.tap = products.setdefault(name, []).append
             layers.append(layer)
-            handles.append(attn.to_out[0].register_forward_pre_hook(keep_mixed(name)))
-            handles.append(attn.register_forward_hook(hand_over(name), with_kwargs=True))
+            projection = find_projection(attn, "out")
+            if projection is not None:
+                hook = keep_rows(name, slice(*projection.columns or (None,)))
+                handles.append(projection.module(attn).register_forward_pre_hook(hook))
+            handles.append(attn.register_forward_hook(hand_over(name, layer), with_kwargs=True))
         with adapter.disabled() as model:
             yield model
     finally:
@@ -123,6 +183,14 @@ def watch_teacher(adapter: Adapter, consume: Callable[[LayerCall], None]) -> Ite
             handle.remove()
         for layer in layers:
             layer.observed = False
+            layer.tap = None
+
+
+def _picture_rows(layer: ConvertedLayer, product: torch.Tensor) -> torch.Tensor:
+    """The picture's queries of a layer's product [B, N, H, D]."""
+    if layer.place == "alone" or layer.grid is None:
+        return product
+    return split_of(layer, product.shape[1], product.shape[1]).queries(product)[0]
 
 
 class FeatureTap:
@@ -148,7 +216,8 @@ class FeatureTap:
         self._handles = []
 
     def _keep(self, name: str) -> Callable[..., None]:
-        def hook(attn: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            self.outputs[name] = output
+        def hook(attn: nn.Module, args: tuple[Any, ...], output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            # Joint attention answers (picture, text); where text comes out, softmax stayed.
+            self.outputs[name] = output[0] if isinstance(output, tuple) else output
 
         return hook

@@ -38,7 +38,7 @@ def transfer_step(
             answer = call.student()
             if not answer.requires_grad:  # softmax in this pass
                 return
-            residual = call.hidden_states if call.attn.residual_connection else None
+            residual = call.hidden_states if getattr(call.attn, "residual_connection", False) else None
             wanted = call.output if residual is None else call.output - residual / call.attn.rescale_output_factor
             answer = answer if residual is None else answer - residual / call.attn.rescale_output_factor
             loss = relative_error(answer, wanted)

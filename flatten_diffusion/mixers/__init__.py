@@ -1,16 +1,33 @@
 """Mixers: one module per mechanism, holding what one attention layer learns. Found by name in the registry."""
 
-from .base import Mixer, MixerSpec, create_mixer, list_mixers, register_mixer
+from .base import (
+    Grid,
+    Mixer,
+    MixerSpec,
+    count_tokens,
+    create_mixer,
+    describe_grid,
+    list_mixers,
+    pictures_of,
+    register_mixer,
+)
 from .deltas import PROJECTIONS, ProjectionDelta
 from .focused import FocusedLinearAttention
+from .joint import JointAttention, list_joints
 
 __all__ = [
     "PROJECTIONS",
     "FocusedLinearAttention",
+    "Grid",
+    "JointAttention",
     "Mixer",
     "MixerSpec",
     "ProjectionDelta",
+    "count_tokens",
     "create_mixer",
+    "describe_grid",
+    "list_joints",
     "list_mixers",
+    "pictures_of",
     "register_mixer",
 ]

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, Union
 
 import torch
 from torch import nn
+
+from .joint import JointAttention, create_joint
+
+Grid = Union[tuple[int, int], tuple[int, int, int], tuple[tuple[int, int, int], ...]]  # noqa: UP007 (an alias, 3.10)
+"""How tokens in row-major order fill a picture: (height, width), (frames, height, width), or one such triple for each
+of several pictures that follow one another (reference images)."""
+
+
+def pictures_of(grid: Grid) -> list[tuple[int, int, int]]:
+    """(frames, height, width) of each picture of a grid."""
+    if isinstance(grid[0], int):
+        frames, height, width = (1, *grid) if len(grid) == 2 else grid
+        return [(frames, height, width)]
+    return list(grid)
+
+
+def count_tokens(grid: Grid) -> int:
+    """How many tokens fill the grid."""
+    return sum(math.prod(picture) for picture in pictures_of(grid))
+
+
+def describe_grid(grid: Grid) -> str:
+    """As text: 4x6, 2x4x6 (frames first), or 4x6 + 3x3."""
+    return " + ".join("x".join(map(str, picture[0 if picture[0] > 1 else 1 :])) for picture in pictures_of(grid))
 
 
 @dataclass(frozen=True)
@@ -15,13 +40,15 @@ class MixerSpec:
     """The shape of one attention layer and the choices a conversion makes for it.
 
     `heads` and `head_dim` are the layer's own; `focusing_factor` is the power of the focused map; `kernel_size` the
-    side of the depthwise convolution on the token grid, odd, 0 for none.
+    side of the depthwise convolution on the token grid, odd, 0 for none; `joint` how a layer whose sequence holds
+    other tokens too joins the two (see `list_joints`), None for layers over the picture alone.
     """
 
     heads: int
     head_dim: int
     focusing_factor: float = 3.0
     kernel_size: int = 5
+    joint: str | None = None
 
 
 class Mixer(nn.Module):
@@ -29,24 +56,29 @@ class Mixer(nn.Module):
 
     A mixer holds only what the conversion adds to a layer. It must be called through `__call__`, so that offloading
     and sharding hooks see it. `deltas` holds what distillation adds to the layer's projections (a `ProjectionDelta`
-    by the name of its projection, see `PROJECTIONS`); the processor applies them around the mixer.
+    by the name of its projection, see `PROJECTIONS`); the processor applies them around the mixer. `group` is a
+    `torch.distributed` process group whose processes each hold some rows of the picture's tokens, None for one process
+    that holds them all: see `flatten_diffusion.ops.split_focused_linear_attention`. `joint` is what a
+    layer over picture and text together needs to join the mixer's output with the softmax over the text.
     """
 
     uses_grid: bool = False
-    """Whether `forward` needs the (height, width) of the tokens."""
+    """Whether `forward` needs the grid of the tokens."""
 
     def __init__(self, spec: MixerSpec) -> None:
         super().__init__()
         self.spec = spec
         self.backend = "auto"
+        self.group: Any = None
         self.deltas = nn.ModuleDict()
+        self.joint: JointAttention | None = None if spec.joint is None else create_joint(spec.joint, spec.heads)
 
     def forward(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        grid: tuple[int, int] | None = None,
+        grid: Grid | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mix the values.
@@ -54,7 +86,7 @@ class Mixer(nn.Module):
         Args:
             query: [B, N, H, D].
             key, value: [B, M, H, D].
-            grid: (height, width) of the query's tokens, row-major; height * width == N.
+            grid: of the query's tokens, see `Grid`; it holds N tokens. With a `group`, the whole picture's.
             key_mask: bool [B, M], True where a key counts.
 
         Returns:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 PROJECTIONS: tuple[str, ...] = ("q", "k", "v", "out")
-"""The projections of an attention module that can carry a delta: its to_q, to_k, to_v and to_out[0].
+"""The projections of an attention module that can carry a delta: query, key, value and output, as far as it has them.
 
 Short names, so that LoRA target patterns such as "to_q" never match a delta.
 """

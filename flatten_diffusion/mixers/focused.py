@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from ..ops import focused_linear_attention
-from .base import Mixer, MixerSpec, register_mixer
+from ..ops import even_rows, focused_linear_attention, split_focused_linear_attention
+from ..ops.focused_linear.reference import depthwise_convolution
+from .base import Grid, Mixer, MixerSpec, pictures_of, register_mixer
 
 
 @register_mixer("focused_linear")
@@ -44,22 +46,73 @@ class FocusedLinearAttention(Mixer):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        grid: tuple[int, int] | None = None,
+        grid: Grid | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `Mixer.forward`. Raises ValueError when the convolution has no grid or the grid does not fit."""
-        return focused_linear_attention(
+        """See `Mixer.forward`. Attention is over all tokens; the convolution stays within each frame.
+
+        Raises ValueError when the convolution has no grid or the grid does not fit.
+        """
+        pictures = pictures_of(grid) if self.uses_grid and grid is not None else []
+        one_frame = len(pictures) < 2 and all(frames == 1 for frames, _, _ in pictures)
+        if self.group is not None:
+            if not one_frame:
+                raise ValueError("Tokens of several frames or pictures cannot be split over processes: pass one image.")
+            return self._split(query, key, value, pictures, key_mask)
+        mixed = focused_linear_attention(
             query,
             key,
             value,
             focusing_factor=self.spec.focusing_factor,
             scale=self.scale,
-            conv_weight=self.conv_weight,
-            conv_bias=self.conv_bias,
-            grid=grid if self.uses_grid else None,
+            conv_weight=self.conv_weight if one_frame else None,
+            conv_bias=self.conv_bias if one_frame else None,
+            grid=pictures[0][1:] if one_frame and pictures else None,
             key_mask=key_mask,
             backend=self.backend,
         )
+        return mixed if one_frame else mixed + self._convolve(value, pictures, key_mask).to(mixed.dtype)
+
+    def _split(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pictures: list[tuple[int, int, int]],
+        key_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """This process's rows of one picture, [B, N, H, D]: the `even_rows` share of the whole grid."""
+        rows = even_rows(pictures[0][1], dist.get_world_size(self.group)) if pictures else None
+        return split_focused_linear_attention(
+            query,
+            key,
+            value,
+            group=self.group,
+            rows=rows,
+            focusing_factor=self.spec.focusing_factor,
+            scale=self.scale,
+            conv_weight=self.conv_weight,
+            conv_bias=self.conv_bias,
+            key_mask=key_mask,
+            backend=self.backend,
+        )
+
+    def _convolve(
+        self, value: torch.Tensor, pictures: list[tuple[int, int, int]], key_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The convolution of every frame of every picture by itself, [B, N, H, D]."""
+        assert self.conv_weight is not None
+        batch, _, heads, head_dim = value.shape
+        if key_mask is not None:
+            value = value.masked_fill(~key_mask[:, :, None, None], 0.0)
+        parts = []
+        sizes = [frames * height * width for frames, height, width in pictures]
+        for part, (frames, height, width) in zip(value.split(sizes, dim=1), pictures, strict=True):
+            folded = part.reshape(batch * frames, height * width, heads, head_dim)
+            local = depthwise_convolution(folded, self.conv_weight, self.conv_bias, (height, width))
+            parts.append(local.reshape(part.shape))
+        local = torch.cat(parts, dim=1)
+        return local if key_mask is None else local * key_mask.any(dim=1)[:, None, None, None]
 
     def extra_repr(self) -> str:
         spec = self.spec

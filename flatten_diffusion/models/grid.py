@@ -8,32 +8,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer import ConvertedLayer
+from ..mixers import Grid
+from .layer import ConvertedLayer, Reading
 
-ReadGrid = Callable[[nn.Module, torch.Tensor], tuple[int, int]]
+Read = Callable[..., "Grid | Reading"]
 
 
 class GridHook:
     """Forward pre-hook of the module that sees a picture's size: writes it to the attention layers below.
 
     Args:
-        read: (module, tensor) -> (height, width) of the tokens.
-        argument, position: name and place in `forward` of the tensor that `read` wants.
-        layers: the converted layers whose tokens are that picture.
+        read: (module, *arguments) -> the grid of the tokens, or a `Reading`.
+        arguments: (name, place in `forward`) of the arguments that `read` wants.
+        layers: the converted layers that hold that picture.
     """
 
-    def __init__(self, read: ReadGrid, argument: str, position: int, layers: Sequence[ConvertedLayer]) -> None:
+    def __init__(self, read: Read, arguments: Sequence[tuple[str, int]], layers: Sequence[ConvertedLayer]) -> None:
         self.read = read
-        self.argument = argument
-        self.position = position
+        self.arguments = tuple(arguments)
         self.layers = list(layers)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensor = args[self.position] if len(args) > self.position else kwargs[self.argument]
         if any(layer.enabled or layer.observed for layer in self.layers):
-            grid = self.read(module, tensor)
+            values = [args[at] if len(args) > at else kwargs.get(name) for name, at in self.arguments]
+            read = self.read(module, *values)
+            reading = read if isinstance(read, Reading) else Reading(read)
             for layer in self.layers:
-                layer.grid = grid
+                layer.reading = reading
+                layer.masked = False
         # A compiled graph has the grid inside and recomputes without Python: only eager checkpoints need replaying.
         if not torch.compiler.is_compiling() and getattr(module, "gradient_checkpointing", False):
             checkpoint: Any = module._gradient_checkpointing_func
@@ -63,25 +65,25 @@ class _Replay:
     def __init__(self, block: Callable[..., Any], layers: Sequence[ConvertedLayer]) -> None:
         self.block = block
         self.layers = layers
-        self.states = [(layer.grid, layer.enabled) for layer in layers]
+        self.states = [(layer.reading, layer.enabled) for layer in layers]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        current = [(layer.grid, layer.enabled) for layer in self.layers]
+        current = [(layer.reading, layer.enabled) for layer in self.layers]
         self._set(self.states)
         try:
             return self.block(*args, **kwargs)
         finally:
             self._set(current)
 
-    def _set(self, states: Sequence[tuple[tuple[int, int] | None, bool]]) -> None:
-        for layer, (grid, enabled) in zip(self.layers, states, strict=True):
-            layer.grid, layer.enabled = grid, enabled
+    def _set(self, states: Sequence[tuple[Reading | None, bool]]) -> None:
+        for layer, (reading, enabled) in zip(self.layers, states, strict=True):
+            layer.reading, layer.enabled = reading, enabled
 
 
 class GuardHook:
     """Forward pre-hook of the model: a converted layer whose processor was replaced must not fall back silently."""
 
-    def __init__(self, layers: Sequence[tuple[nn.Module, ConvertedLayer]], expected: type) -> None:
+    def __init__(self, layers: Sequence[tuple[nn.Module, ConvertedLayer]], expected: tuple[type, ...]) -> None:
         self.layers = list(layers)
         self.expected = expected
 

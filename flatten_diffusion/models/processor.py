@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.utils import deprecate
 from torch import nn
 
+from ..mixers import MixerSpec
 from ..ops import BACKENDS, focused_linear_attention
+from .crossover import AUTO, softmax_below
 from .layer import LAYER, MIXER, ConvertedLayer, native_processor
 
 
@@ -29,7 +31,9 @@ class FocusedLinearAttnProcessor:
 
     Args:
         focusing_factor: power of the focused map, positive (Han et al., ICCV 2023, eq. 5-6).
-        min_tokens: calls with fewer tokens stay softmax.
+        min_tokens: calls with fewer tokens stay softmax. "auto": fewer than from which linear attention is faster on
+            the call's device, in its dtype and at its head size; timed at the first such call and kept on disk (see
+            `AdapterConfig`).
         backend: see `focused_linear_attention`.
 
     Raises:
@@ -38,11 +42,13 @@ class FocusedLinearAttnProcessor:
             (joint text-image attention, rotary embeddings).
     """
 
-    def __init__(self, focusing_factor: float = 3.0, min_tokens: int = 0, backend: str = "auto") -> None:
+    def __init__(
+        self, focusing_factor: float = 3.0, min_tokens: int | Literal["auto"] = 0, backend: str = "auto"
+    ) -> None:
         if not 0 < focusing_factor < math.inf:
             raise ValueError(f"focusing_factor is {focusing_factor}: pass a positive, finite number.")
-        if min_tokens < 0:
-            raise ValueError(f"min_tokens is {min_tokens}: pass 0 or more.")
+        if min_tokens != AUTO and (not isinstance(min_tokens, int) or min_tokens < 0):
+            raise ValueError(f"min_tokens is {min_tokens!r}: pass a whole number, 0 or more, or 'auto'.")
         if backend not in BACKENDS:
             raise ValueError(f"Unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
         self.focusing_factor = focusing_factor
@@ -69,11 +75,10 @@ class FocusedLinearAttnProcessor:
         _check_replaceable(attn, image_rotary_emb, rotary_emb, query_rotary_emb, freqs_cis)
         layer: ConvertedLayer | None = getattr(attn, LAYER, None)
         native = native_processor(attn) if layer is None else layer.native
-        min_tokens = self.min_tokens if layer is None else layer.min_tokens
         if (
             (layer is not None and not layer.enabled)
             or not _is_self_attention(attn, hidden_states, encoder_hidden_states, attention_mask)
-            or _count_tokens(hidden_states) < min_tokens
+            or _count_tokens(hidden_states) < self._softmax_below(attn, layer, hidden_states)
         ):
             if attn.added_kv_proj_dim is not None:  # has no `temb`
                 return native(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
@@ -82,6 +87,15 @@ class FocusedLinearAttnProcessor:
             deprecate("scale", "1.0.0", "`scale` is ignored: pass it to the pipeline as `cross_attention_kwargs`.")
         fused = isinstance(native, FusedAttnProcessor2_0)
         return self._focused(attn, layer, hidden_states, temb, fused)
+
+    def _softmax_below(self, attn: Attention, layer: ConvertedLayer | None, hidden_states: torch.Tensor) -> int:
+        """The number of tokens below which this call stays softmax."""
+        if layer is not None:
+            return layer.min_tokens
+        if isinstance(self.min_tokens, int):
+            return self.min_tokens
+        spec = MixerSpec(attn.heads, attn.inner_dim // attn.heads, self.focusing_factor, kernel_size=0)
+        return softmax_below(hidden_states, "focused_linear", spec)
 
     def _focused(
         self,

@@ -1,11 +1,21 @@
 """Attention operators: pure functions on query, key and value of shape [B, N, H, D]. Nothing here knows diffusers."""
 
-from .focused_linear import BACKENDS, available_backends, focused_feature_map, focused_linear_attention, resolve_backend
+from .focused_linear import (
+    BACKENDS,
+    available_backends,
+    even_rows,
+    focused_feature_map,
+    focused_linear_attention,
+    resolve_backend,
+    split_focused_linear_attention,
+)
 
 __all__ = [
     "BACKENDS",
     "available_backends",
+    "even_rows",
     "focused_feature_map",
     "focused_linear_attention",
     "resolve_backend",
+    "split_focused_linear_attention",
 ]

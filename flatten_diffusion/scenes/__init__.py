@@ -2,10 +2,12 @@
 
 from .check import Fact, check, fact_accuracy
 from .grammar import is_held_out, parse, sample_captions
-from .pipeline import load_scenes_pipeline
+from .pipeline import ADAPTER_DIR, PIPELINE_DIR, load_scenes_pipeline
 from .render import render
 
 __all__ = [
+    "ADAPTER_DIR",
+    "PIPELINE_DIR",
     "Fact",
     "check",
     "fact_accuracy",

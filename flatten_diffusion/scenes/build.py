@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .grammar import vocabulary
+from .latents import LATENT_CHANNELS
 
 _MAX_TOKENS = 24
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
@@ -58,7 +59,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_vae(resolution: int) -> AutoencoderKL:
-    """An 8× autoencoder with 8 latent channels; `resolution` in pixels is what it is meant for."""
+    """An 8× autoencoder for the latents of `picture_latents`; `resolution` in pixels is what it is meant for."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -66,14 +67,15 @@ def build_vae(resolution: int) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 32, 64, 128),
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         sample_size=resolution,
+        scaling_factor=1.0,
         mid_block_add_attention=False,
     )
 
 
-def build_unet(resolution: int, latent_channels: int = 8) -> UNet2DConditionModel:
+def build_unet(resolution: int, latent_channels: int = LATENT_CHANNELS) -> UNet2DConditionModel:
     """A three-level Stable-Diffusion-type UNet with heads of 32 channels; native latents are `resolution` / 8."""
     return UNet2DConditionModel(
         sample_size=resolution // 8,

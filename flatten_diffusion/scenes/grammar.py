@@ -155,15 +155,26 @@ def is_held_out(caption: str) -> bool:
     return hashlib.sha256(caption.encode()).digest()[0] % 10 == 0
 
 
-def sample_captions(count: int, seed: int = 0, *, held_out: bool | None = None) -> list[str]:
-    """`count` different captions. `held_out`: only unseen ones (True), only training ones (False), or any (None)."""
+def sample_captions(count: int, seed: int = 0, *, held_out: bool | None = None, different: bool = True) -> list[str]:
+    """Draw `count` captions.
+
+    Args:
+        count: how many.
+        seed: the same captions for the same seed.
+        held_out: only unseen captions (True), only training ones (False), or any (None).
+        different: no caption twice. Relations have most of the captions, so of many different ones nearly all are
+            relations; with repetitions every kind keeps its share.
+    """
     rng = random.Random(seed)
-    captions: dict[str, None] = {}
+    captions: list[str] = []
+    seen: set[str] = set()
     while len(captions) < count:
         caption = sample_spec(rng).caption
-        if held_out is None or is_held_out(caption) == held_out:
-            captions[caption] = None
-    return list(captions)
+        wanted = held_out is None or is_held_out(caption) == held_out
+        if wanted and not (different and caption in seen):
+            seen.add(caption)
+            captions.append(caption)
+    return captions
 
 
 def vocabulary() -> list[str]:

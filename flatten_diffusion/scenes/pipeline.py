@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 PIPELINE_DIR = Path(__file__).parent / "weights"
-# The distilled adapter that belongs to it, for `load_adapter`.
+"""Where the pipeline ships: a folder in diffusers' own format."""
 ADAPTER_DIR = Path(__file__).parent / "adapter"
+"""The distilled adapter that belongs to it, for `load_adapter`."""
 
 
 def load_scenes_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import CLIPTextModelWithProjection
 
-from flatten_diffusion.distill.conditioning import encode_prompts, family_of, predict
+from flatten_diffusion.distill.conditioning import encode_prompts, family_of, pack_latents, predict, unpack_latents
 from flatten_diffusion.distill.latents import pixels_per_token_step
 
 from ..models.tiny import build
-from .tiny import tiny_pipeline
+from .tiny import tiny_pipeline, tiny_sd3
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "unet2d", "dit", "pixart"])
@@ -25,6 +25,51 @@ def test_predict_is_the_models_own_call(name: str) -> None:
     with torch.no_grad():
         expected = tiny.model(**{**tiny.inputs, "timestep": timesteps}, return_dict=False)[0]
         assert torch.equal(predict(tiny.model, tiny.model, noisy, timesteps, conditioning), expected)
+
+
+def test_flux_tokens_are_the_pipelines_own() -> None:
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    ).eval()
+    noisy, timesteps = torch.randn(2, 4, 8, 12), torch.tensor([200.0, 700.0])
+    conditioning = {"encoder_hidden_states": torch.randn(2, 7, 24), "pooled_projections": torch.randn(2, 20)}
+    packed = diffusers.FluxPipeline._pack_latents(noisy, 2, 4, 8, 12)
+    positions = diffusers.FluxPipeline._prepare_latent_image_ids(2, 4, 6, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        tokens = model(
+            hidden_states=packed,
+            timestep=timesteps / 1000,
+            guidance=torch.tensor([3.5, 3.5]),
+            img_ids=positions,
+            txt_ids=torch.zeros(7, 3),
+            return_dict=False,
+            **conditioning,
+        )[0]
+        expected = diffusers.FluxPipeline._unpack_latents(tokens, 64, 96, 8)
+        assert torch.equal(predict(model, model, noisy, timesteps, conditioning), expected)
+    assert torch.equal(unpack_latents(pack_latents(noisy), (4, 6)), noisy)
+
+
+def test_sd3_prompts_and_call() -> None:
+    pipeline = tiny_sd3()
+    encoded = encode_prompts(pipeline, pipeline.transformer, ["a red circle", ""], (32, 48))
+    with torch.no_grad():
+        embeddings, negative, pooled, negative_pooled = pipeline.encode_prompt("a red circle", None, None)
+    assert torch.allclose(encoded["encoder_hidden_states"], torch.cat([embeddings, negative]), atol=1e-5)
+    assert torch.allclose(encoded["pooled_projections"], torch.cat([pooled, negative_pooled]), atol=1e-5)
+    noisy, timesteps = torch.randn(2, 4, 8, 12), torch.tensor([300.0, 900.0])
+    with torch.no_grad():
+        expected = pipeline.transformer(noisy, timestep=timesteps, return_dict=False, **encoded)[0]
+    assert torch.equal(predict(pipeline.transformer, pipeline.transformer, noisy, timesteps, encoded), expected)
 
 
 def test_stable_diffusion_prompts() -> None:

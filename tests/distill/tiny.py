@@ -5,9 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from flatten_diffusion.distill import CacheSettings, LatentCache, build_cache, prompts_as_examples
 from flatten_diffusion.scenes.build import build_tokenizer
@@ -67,6 +77,98 @@ def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiff
             component.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_sd3() -> diffusers.StableDiffusion3Pipeline:
+    """Flow matching, joint attention, two CLIP text encoders; the autoencoder of `tiny_pipeline`."""
+    torch.manual_seed(0)
+    base = tiny_pipeline()
+    config = base.text_encoder.config
+    config.projection_dim = 12
+    encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
+    return diffusers.StableDiffusion3Pipeline(
+        vae=base.vae,
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        text_encoder_3=None,
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer,
+        tokenizer_3=None,
+        transformer=diffusers.SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=56,
+            caption_projection_dim=16,
+            pooled_projection_dim=24,
+            out_channels=4,
+            pos_embed_max_size=16,
+        ).eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def tiny_flux() -> diffusers.FluxPipeline:
+    """Packed latents, rotary positions, guidance as an input; CLIP and T5."""
+    torch.manual_seed(0)
+    base = tiny_pipeline()
+    t5 = T5Config(vocab_size=40, d_model=24, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    pipeline = diffusers.FluxPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        text_encoder_2=T5EncoderModel(t5).eval(),
+        tokenizer_2=tiny_t5_tokenizer(),
+        transformer=diffusers.FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            pooled_projection_dim=24,
+            axes_dims_rope=(4, 4, 8),
+            guidance_embeds=True,
+        ).eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_aura_flow() -> diffusers.AuraFlowPipeline:
+    """Joint attention with registers; a model class whose conditioning no row describes."""
+    torch.manual_seed(0)
+    t5 = UMT5Config(vocab_size=40, d_model=24, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    pipeline = diffusers.AuraFlowPipeline(
+        tokenizer=tiny_t5_tokenizer(),
+        text_encoder=UMT5EncoderModel(t5).eval(),
+        vae=tiny_pipeline().vae,
+        transformer=diffusers.AuraFlowTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            caption_projection_dim=16,
+            out_channels=4,
+            pos_embed_max_size=256,
+        ).eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    letters = [(letter, -2.0) for letter in "abcdefghijklmnopqrstuvwxyz\u2581"]
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0)
 
 
 def sharpen(model: Any, factor: float = 4.0) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers", minversion="5", reason="the tokenizer is built with transformers 5")
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_scenes.py"
@@ -35,7 +36,7 @@ def test_all_stages_leave_a_pipeline_that_loads_and_draws(monkeypatch, tmp_path)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red circle on a white background", num_inference_steps=2).images[0].size == (32, 32)
     assert not list(tmp_path.glob("*.partial"))
-    assert (tmp_path / "decoder-checkpoints" / "checkpoint-2").is_dir()
+    assert (tmp_path / "vae-checkpoints" / "checkpoint-2").is_dir()
 
 
 def test_a_second_run_continues_from_the_newest_checkpoint(monkeypatch, tmp_path):
@@ -63,6 +64,11 @@ def test_wrong_use_is_refused_before_anything_runs(monkeypatch, tmp_path, wrong,
     assert not (tmp_path / "out").exists()
 
 
-def test_the_denoiser_needs_an_autoencoder(monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match="no trained autoencoder"):
-        run(monkeypatch, *toy(tmp_path, "--stages", "denoiser"))
+def test_either_stage_can_come_first(monkeypatch, tmp_path):
+    run(monkeypatch, *toy(tmp_path, "--max_train_steps", 2, "--stages", "denoiser"))
+    assert not (tmp_path / "export").exists()
+    run(monkeypatch, *toy(tmp_path, "--stages", "vae"))
+    trained = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    exported = load_file(tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in trained.items())
+    assert (tmp_path / "export" / "model_index.json").is_file()

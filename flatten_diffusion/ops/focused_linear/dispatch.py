@@ -95,8 +95,7 @@ def focused_linear_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or a backend that cannot run.
     """
-    _check_tensors(query, key, value)
-    _check_parameters(query, key, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask)
+    check_arguments(query, key, value, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask)
     device_type = query.device.type
     autocast = torch.is_autocast_enabled(device_type) and query.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocast else query.dtype
@@ -128,6 +127,22 @@ def _run(
     return focused_linear_attention_operator(
         query, key, value, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask, name
     )
+
+
+def check_arguments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    focusing_factor: float,
+    scale: torch.Tensor | None,
+    conv_weight: torch.Tensor | None,
+    conv_bias: torch.Tensor | None,
+    grid: tuple[int, int] | None,
+    key_mask: torch.Tensor | None,
+) -> None:
+    """Raise ValueError, in one line, for arguments of `focused_linear_attention` that do not fit together."""
+    _check_tensors(query, key, value)
+    _check_parameters(query, key, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask)
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -46,34 +46,9 @@ def forward(
     grid: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output [B, N, H, D], state mean(f(k)^T v) [B, H, D, D] and mean key [B, H, D] in the compute dtype."""
-    batch, tokens, heads, head_dim = query.shape
-    dtype = compute_dtype(query.dtype)
-    inverse_scale = None if scale is None else scale.to(dtype).reciprocal()
-    kernel = None if conv_weight is None else conv_weight.to(dtype).repeat(heads, 1, 1, 1)
-    bias = None if conv_bias is None else conv_bias.to(dtype).repeat(heads)
-    output = query.new_empty((batch, tokens, heads, head_dim))
-    state = query.new_zeros((batch, heads, head_dim, head_dim), dtype=dtype)
-    mean_key = query.new_zeros((batch, heads, head_dim), dtype=dtype)
-    row = 1 if kernel is None else grid[1]
-    for sample in range(batch):
-        weights = _key_weights(key, key_mask, sample, dtype)
-        for start, stop in _blocks(key):
-            mapped = _map_key(key, key_mask, sample, start, stop, inverse_scale, power)
-            weighted = mapped.powered.mul_(mapped.ratio * weights[start:stop])
-            values = _values(value, key_mask, sample, start, stop)
-            state[sample].baddbmm_(_by_head(weighted, heads).transpose(1, 2), values.transpose(0, 1))
-            mean_key[sample] += weighted.sum(dim=0).view(heads, head_dim)
-        sample_bias = bias
-        if bias is not None and key_mask is not None:
-            sample_bias = bias * key_mask[sample].any()
-        for start, stop in _blocks(query, row):
-            mapped = _map(query[sample, start:stop], inverse_scale, power)
-            product, normalizer = _attend(mapped, state[sample], mean_key[sample])
-            attended = product.transpose(0, 1).mul_(normalizer.reciprocal_())
-            if kernel is not None:
-                rows = _stripe(value, key_mask, sample, start // row, stop // row, grid, kernel.shape[-1])
-                attended += _convolve(rows, kernel, sample_bias).view_as(attended)
-            output[sample, start:stop] = attended
+    count = key_count(key, key_mask)
+    state, mean_key = key_state(key, value, scale, key_mask, count, power)
+    output = query_output(query, value, scale, conv_weight, conv_bias, key_mask, count, state, mean_key, power, grid)
     return output, state, mean_key
 
 
@@ -93,37 +68,111 @@ def backward(
     weight_needs_grad: bool,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of query, key, value, scale, conv_weight and conv_bias, from the inputs and what `forward` returned."""
-    grads = _attention_backward(grad_output, query, key, value, scale, key_mask, state, mean_key, power)
-    if conv_weight is None:
-        return *grads, None, None
-    conv_grads = _convolution_backward(
-        grad_output, value, conv_weight, conv_bias, key_mask, grid, grads[2], weight_needs_grad
-    )
-    return *grads, *conv_grads
+    count = key_count(key, key_mask)
+    grad_scale = None if scale is None else torch.zeros_like(scale, dtype=state.dtype)
+    grad_query, grad_state, grad_mean = query_backward(grad_output, query, scale, state, mean_key, grad_scale, power)
+    grad_key, grad_value = key_backward(key, value, scale, key_mask, count, grad_state, grad_mean, grad_scale, power)
+    grad_weight = grad_bias = None
+    if conv_weight is not None:
+        grad_weight, grad_bias = convolution_backward(
+            grad_output, value, conv_weight, conv_bias, key_mask, count, grid, grad_value, weight_needs_grad
+        )
+    if scale is not None and grad_scale is not None:
+        grad_scale = grad_scale.to(scale.dtype)
+    return grad_query, grad_key, grad_value, grad_scale, grad_weight, grad_bias
 
 
-def _attention_backward(
-    grad_output: torch.Tensor,
-    query: torch.Tensor,
+def key_count(key: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """[B]: the keys of each sample that count, in the compute dtype."""
+    dtype = compute_dtype(key.dtype)
+    if key_mask is None:
+        return key.new_full((key.shape[0],), key.shape[1], dtype=dtype)
+    return key_mask.sum(dim=1, dtype=dtype)
+
+
+def key_state(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
     key_mask: torch.Tensor | None,
+    count: torch.Tensor,
+    power: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of f(k)^T v [B, H, D, D] and f(k) [B, H, D] over the keys given, divided by `count` [B]."""
+    batch, _, heads, head_dim = key.shape
+    inverse_scale = _inverse(scale, count.dtype)
+    state = key.new_zeros((batch, heads, head_dim, head_dim), dtype=count.dtype)
+    mean_key = key.new_zeros((batch, heads, head_dim), dtype=count.dtype)
+    for sample in range(batch):
+        weights = _key_weights(key, key_mask, count, sample)
+        for start, stop in _blocks(key):
+            mapped = _map_key(key, key_mask, sample, start, stop, inverse_scale, power)
+            weighted = mapped.powered.mul_(mapped.ratio * weights[start:stop])
+            values = _values(value, key_mask, sample, start, stop)
+            state[sample].baddbmm_(_by_head(weighted, heads).transpose(1, 2), values.transpose(0, 1))
+            mean_key[sample] += weighted.sum(dim=0).view(heads, head_dim)
+    return state, mean_key
+
+
+def query_output(
+    query: torch.Tensor,
+    value: torch.Tensor,
+    scale: torch.Tensor | None,
+    conv_weight: torch.Tensor | None,
+    conv_bias: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    count: torch.Tensor,
     state: torch.Tensor,
     mean_key: torch.Tensor,
     power: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of query, key, value (each contiguous, in its own dtype) and scale, the convolution left out."""
+    grid: tuple[int, int],
+) -> torch.Tensor:
+    """Output [B, N, H, D] of queries against a finished state; samples whose `count` is 0 get no bias."""
     batch, tokens, heads, head_dim = query.shape
     dtype = state.dtype
-    inverse_scale = None if scale is None else scale.to(dtype).reciprocal()
-    grad_query = query.new_empty(query.shape)
-    grad_key = key.new_empty(key.shape)
-    grad_value = value.new_empty(value.shape)
-    grad_scale = None if inverse_scale is None else torch.zeros_like(inverse_scale)
+    inverse_scale = _inverse(scale, dtype)
+    kernel = None if conv_weight is None else conv_weight.to(dtype).repeat(heads, 1, 1, 1)
+    bias = None if conv_bias is None else conv_bias.to(dtype).repeat(heads)
+    output = query.new_empty((batch, tokens, heads, head_dim))
+    row = 1 if kernel is None else grid[1]
     for sample in range(batch):
-        grad_state = torch.zeros_like(state[sample])  # [H, D, D]
-        grad_mean = torch.zeros_like(mean_key[sample])  # [H, D]
+        sample_bias = bias
+        if bias is not None and key_mask is not None:
+            sample_bias = bias * (count[sample] > 0)
+        for start, stop in _blocks(query, row):
+            mapped = _map(query[sample, start:stop], inverse_scale, power)
+            # The normaliser divides the features, not the product, which then needs no pass of its own.
+            features = mapped.powered.view(-1, heads, head_dim)
+            features.mul_(_normalizer(mapped, mean_key[sample]).reciprocal_())
+            block = output[sample, start:stop]
+            if kernel is not None:
+                rows = _stripe(value, key_mask, sample, start // row, stop // row, grid, kernel.shape[-1])
+                attended = _convolve(rows, kernel, sample_bias).view(block.shape)
+                attended.transpose(0, 1).baddbmm_(features.transpose(0, 1), state[sample])
+            else:
+                attended = mapped.unit.view(block.shape)  # its memory is free by now, and still in cache
+                torch.bmm(features.transpose(0, 1), state[sample], out=attended.transpose(0, 1))
+            block.copy_(attended)
+    return output
+
+
+def query_backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    scale: torch.Tensor | None,
+    state: torch.Tensor,
+    mean_key: torch.Tensor,
+    grad_scale: torch.Tensor | None,
+    power: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query [B, N, H, D], state and mean key from the queries given; adds into `grad_scale` [C]."""
+    batch, _, heads, _ = query.shape
+    dtype = state.dtype
+    inverse_scale = _inverse(scale, dtype)
+    grad_query = query.new_empty(query.shape)
+    grad_state = torch.zeros_like(state)
+    grad_mean = torch.zeros_like(mean_key)
+    for sample in range(batch):
         for start, stop in _blocks(query):
             mapped = _map(query[sample, start:stop], inverse_scale, power)
             product, normalizer = _attend(mapped, state[sample], mean_key[sample])
@@ -131,35 +180,56 @@ def _attention_backward(
             grad = grad_output[sample, start:stop].to(dtype) / normalizer  # [n, H, D]
             along = (grad * product.transpose(0, 1)).sum(dim=-1, keepdim=True).div_(normalizer)  # [n, H, 1]
             by_head = _by_head(mapped.powered, heads)
-            grad_state.baddbmm_(by_head.transpose(1, 2), grad.transpose(0, 1))
-            grad_mean.unsqueeze(-1).baddbmm_(by_head.transpose(1, 2), along.transpose(0, 1), alpha=-1)
+            grad_state[sample].baddbmm_(by_head.transpose(1, 2), grad.transpose(0, 1))
+            grad_mean[sample].unsqueeze(-1).baddbmm_(by_head.transpose(1, 2), along.transpose(0, 1), alpha=-1)
             grad_map = _to_tokens(torch.bmm(grad.transpose(0, 1), state[sample].transpose(1, 2)))
             grad_map.view_as(grad).addcmul_(along, mean_key[sample], value=-1)
             grad_map.div_(mapped.ratio)
             grad_query[sample, start:stop] = _map_backward(
                 mapped, grad_map, query[sample, start:stop], inverse_scale, grad_scale, power
             )
-        weights = _key_weights(key, key_mask, sample, dtype)
+    return grad_query, grad_state, grad_mean
+
+
+def key_backward(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    count: torch.Tensor,
+    grad_state: torch.Tensor,
+    grad_mean: torch.Tensor,
+    grad_scale: torch.Tensor | None,
+    power: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of key and value [B, M, H, D], the convolution left out; adds into `grad_scale` [C]."""
+    batch, _, heads, _ = key.shape
+    inverse_scale = _inverse(scale, count.dtype)
+    grad_key = key.new_empty(key.shape)
+    grad_value = value.new_empty(value.shape)
+    for sample in range(batch):
+        weights = _key_weights(key, key_mask, count, sample)
         for start, stop in _blocks(key):
             mapped = _map_key(key, key_mask, sample, start, stop, inverse_scale, power)
             values = _values(value, key_mask, sample, start, stop)
-            grad_map = _to_tokens(torch.bmm(values.transpose(0, 1), grad_state.transpose(1, 2)))
-            grad_map.view_as(values).add_(grad_mean)
+            grad_map = _to_tokens(torch.bmm(values.transpose(0, 1), grad_state[sample].transpose(1, 2)))
+            grad_map.view_as(values).add_(grad_mean[sample])
             grad_map.mul_(weights[start:stop])
             by_head = _by_head(mapped.powered * (mapped.ratio * weights[start:stop]), heads)
-            grad_value[sample, start:stop] = torch.bmm(by_head, grad_state).transpose(0, 1)
+            grad_value[sample, start:stop] = torch.bmm(by_head, grad_state[sample]).transpose(0, 1)
             grad_key[sample, start:stop] = _map_backward(
                 mapped, grad_map, key[sample, start:stop], inverse_scale, grad_scale, power
             )
-    return grad_query, grad_key, grad_value, None if scale is None or grad_scale is None else grad_scale.to(scale.dtype)
+    return grad_key, grad_value
 
 
-def _convolution_backward(
+def convolution_backward(
     grad_output: torch.Tensor,
     value: torch.Tensor,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor | None,
     key_mask: torch.Tensor | None,
+    count: torch.Tensor,
     grid: tuple[int, int],
     grad_value: torch.Tensor,
     weight_needs_grad: bool,
@@ -188,7 +258,7 @@ def _convolution_backward(
                     [0, kernel.shape[-1] // 2], [1, 1], False, [0, 0], kernel.shape[0], [False, True, False],
                 )[1]  # fmt: skip
             part = own.sum(dim=0)
-            grad_bias += part if key_mask is None else part * key_mask[sample].any()
+            grad_bias += part if key_mask is None else part * (count[sample] > 0)
     grad_weight = grad_kernel.view(heads, *conv_weight.shape).sum(dim=0).to(conv_weight.dtype)
     return grad_weight, None if conv_bias is None else grad_bias.sum(dim=0).to(conv_bias.dtype)
 
@@ -259,20 +329,26 @@ def _attend(mapped: _Map, state: torch.Tensor, mean_key: torch.Tensor) -> tuple[
 
     The ratio of a query cancels between the two, all but its share of the normaliser's epsilon.
     """
-    heads, head_dim = mean_key.shape
-    product = torch.bmm(_by_head(mapped.powered, heads), state)
-    weighted = mapped.powered.view(-1, heads, head_dim) * mean_key
-    normalizer = weighted.sum(dim=-1, keepdim=True)
+    return torch.bmm(_by_head(mapped.powered, mean_key.shape[0]), state), _normalizer(mapped, mean_key)
+
+
+def _normalizer(mapped: _Map, mean_key: torch.Tensor) -> torch.Tensor:
+    """[n, H, 1], divided by the query's ratio."""
+    normalizer = (mapped.powered.view(-1, *mean_key.shape) * mean_key).sum(dim=-1, keepdim=True)
     normalizer += (NORMALIZER_EPS / mapped.ratio).unsqueeze(-1)
-    return product, normalizer
+    return normalizer
 
 
-def _key_weights(key: torch.Tensor, key_mask: torch.Tensor | None, sample: int, dtype: torch.dtype) -> torch.Tensor:
+def _inverse(scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if scale is None else scale.to(dtype).reciprocal()
+
+
+def _key_weights(key: torch.Tensor, key_mask: torch.Tensor | None, count: torch.Tensor, sample: int) -> torch.Tensor:
     """[M, 1]: 1 / number of keys where a key counts, 0 elsewhere."""
+    inverse = count[sample].clamp(min=1).reciprocal()
     if key_mask is None:
-        return key.new_full((key.shape[1], 1), 1.0 / key.shape[1], dtype=dtype)
-    mask = key_mask[sample].to(dtype)
-    return (mask / mask.sum().clamp_(min=1)).unsqueeze(-1)
+        return inverse.expand(key.shape[1], 1)
+    return (key_mask[sample] * inverse).unsqueeze(-1)
 
 
 def _values(value: torch.Tensor, key_mask: torch.Tensor | None, sample: int, start: int, stop: int) -> torch.Tensor:

@@ -109,26 +109,38 @@ def forward(
     """Output [B, N, H, D], T [B, H, D, D] (the values' mean under each key feature) and the mean key [B, H, D]."""
     with _on(query.device):
         launch = _prepare(query, scale, key_mask, power)
-        batch, tokens, heads, head_dim = query.shape
-        key_mask = launch.key_mask
-        sums, key_sums, splits = _state_sums(launch, key, value)
-        means = torch.empty((batch, heads, head_dim, head_dim), dtype=query.dtype, device=query.device)
-        mean_key = torch.empty((batch, heads, head_dim), dtype=torch.float32, device=query.device)
-        _reduce(launch, sums, key_sums, splits, key.shape[1], means, mean_key, None)
+        means, mean_key = _finish_state(launch, *_state_sums(launch, key, value), key.shape[1])
+        output = _query_output(launch, query, value, conv_weight, conv_bias, means, mean_key, grid)
+    return output, means, mean_key
 
-        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        blocks = triton.cdiv(tokens, launch.block_n)
-        # With blocks to spare, a program that takes every head reads the query from memory only once.
-        all_heads = batch * blocks >= 4 * launch.processors
-        lengths = query if all_heads else _lengths(launch, query, None)
-        kernels.query_kernel[(batch if all_heads else batch * heads, blocks)](
-            query, value, _or(scale, query), lengths, means, mean_key, _or(conv_weight, query), _or(conv_bias, query),
-            _or(key_mask, query), _or(launch.counts, query), output,
-            tokens, heads, *grid, query.stride(0), value.stride(0), power,
-            HAS_MASK=key_mask is not None, HAS_BIAS=conv_bias is not None,
-            KERNEL=0 if conv_weight is None else conv_weight.shape[-1], ALL_HEADS=all_heads, BLOCK_N=launch.block_n,
-            **_strides("Q", query), **_strides("V", value), **launch.mapping, **launch.shared, **launch.product,
-        )  # fmt: skip
+
+def state_sums(
+    key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None, key_mask: torch.Tensor | None, power: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of f(k)^T v [B, H, D, D] and of f(k) [B, H, D] over the keys given, float32: they add up over processes."""
+    with _on(key.device):
+        sums, key_sums, _ = _state_sums(_prepare(key, scale, key_mask, power), key, value)
+        return sums.sum(dim=0), key_sums.sum(dim=0)
+
+
+def forward_from_sums(
+    query: torch.Tensor,
+    value: torch.Tensor,
+    scale: torch.Tensor | None,
+    conv_weight: torch.Tensor | None,
+    conv_bias: torch.Tensor | None,
+    key_mask: torch.Tensor,
+    counts: torch.Tensor,
+    sums: torch.Tensor,
+    key_sums: torch.Tensor,
+    power: float,
+    grid: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `forward`, from the sums over all processes and the number of keys in them, `counts` [B]."""
+    with _on(query.device):
+        launch = _prepare(query, scale, key_mask, power, counts)
+        means, mean_key = _finish_state(launch, sums[None], key_sums[None], 1, 0)
+        output = _query_output(launch, query, value, conv_weight, conv_bias, means, mean_key, grid)
     return output, means, mean_key
 
 
@@ -150,29 +162,65 @@ def backward(
     """Gradients of query, key, value, scale, conv_weight and conv_bias."""
     with _on(query.device):
         launch = _prepare(query, scale, key_mask, power)
-        grad_query, scale_sums_query, sums, row_scale, vector = _query_backward(
+        grad_query, scale_sums_query, sums, vector_sums, splits = _query_backward(
             launch, grad_output, query, means, mean_key
         )
         grad_key, grad_value, scale_sums_key = _key_backward(
-            launch, grad_output, key, value, mean_key, sums, row_scale, vector, conv_weight, grid
+            launch, grad_output, key, value, mean_key, sums, vector_sums, splits, conv_weight, grid
         )
-        grad_scale = grad_weight = grad_bias = None
+        grad_scale = None
         if scale is not None:
             grad_scale = (scale_sums_query.sum(dim=(0, 1)) + scale_sums_key.sum(dim=(0, 1))).flatten().to(scale.dtype)
-        if conv_weight is not None and weight_needs_grad:
-            grad_weight = _weight_gradient(launch, grad_output, value, conv_weight, grid)
-        if conv_bias is not None:
-            per_sample = grad_output.sum(dim=(1, 2), dtype=torch.float32)
-            if launch.counts is not None:
-                per_sample = per_sample * (launch.counts > 0).unsqueeze(-1)
-            grad_bias = per_sample.sum(dim=0).to(conv_bias.dtype)
+        grad_weight, grad_bias = _convolution_backward(
+            launch, grad_output, value, conv_weight if weight_needs_grad else None, conv_bias, grid
+        )
     return grad_query, grad_key, grad_value, grad_scale, grad_weight, grad_bias
+
+
+def query_backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    scale: torch.Tensor | None,
+    means: torch.Tensor,
+    mean_key: torch.Tensor,
+    power: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradient of the query, this process's share of the scale's [H * D], and the sums that processes add up."""
+    with _on(query.device):
+        launch = _prepare(query, scale, None, power)
+        grad_query, scale_sums, sums, vector_sums, _ = _query_backward(launch, grad_output, query, means, mean_key)
+        return grad_query, scale_sums.sum(dim=(0, 1)).flatten(), sums.sum(dim=0), vector_sums.sum(dim=0)
+
+
+def key_backward(
+    grad_output: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: torch.Tensor | None,
+    conv_weight: torch.Tensor | None,
+    conv_bias: torch.Tensor | None,
+    key_mask: torch.Tensor,
+    counts: torch.Tensor,
+    mean_key: torch.Tensor,
+    sums: torch.Tensor,
+    vector_sums: torch.Tensor,
+    power: float,
+    grid: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of key and value, and this process's shares of scale [H * D], conv_weight and conv_bias."""
+    with _on(key.device):
+        launch = _prepare(key, scale, key_mask, power, counts)
+        grad_key, grad_value, scale_sums = _key_backward(
+            launch, grad_output, key, value, mean_key, sums[None], vector_sums[None], 1, conv_weight, grid
+        )
+        grad_weight, grad_bias = _convolution_backward(launch, grad_output, value, conv_weight, conv_bias, grid)
+        return grad_key, grad_value, scale_sums.sum(dim=(0, 1)).flatten(), grad_weight, grad_bias
 
 
 def _query_backward(
     launch: _Launch, grad_output: torch.Tensor, query: torch.Tensor, means: torch.Tensor, mean_key: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradient of the query, partial gradients of scale [.., B, H, D], and the state's: matrix, row scale, vector."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Gradient of the query, partial gradients of scale [.., B, H, D], and the state's: sums, vector sums, chunks."""
     batch, tokens, heads, head_dim = query.shape
     chunk, splits = launch.chunks(tokens)
     scale = _or(launch.scale, query)
@@ -189,16 +237,13 @@ def _query_backward(
         query, grad_output, scale, lengths, means, mean_key, sums, vector_sums, along, projected,
         tokens, heads, chunk, *strides, launch.power, **common,
     )  # fmt: skip
-    matrix = torch.empty_like(means)
-    row_scale, vector = _floats(query, 2, batch, heads, head_dim)
-    _reduce(launch, sums, vector_sums, splits, tokens, matrix, vector, row_scale)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     scale_sums = _floats(query, splits, batch, heads, head_dim)
     kernels.query_gradient_kernel[(batch * heads, splits)](
         query, grad_output, scale, lengths, means, mean_key, along, projected, grad_query, scale_sums,
         tokens, heads, chunk, *strides, launch.power, **common,
     )  # fmt: skip
-    return grad_query, scale_sums, matrix, row_scale, vector
+    return grad_query, scale_sums, sums, vector_sums, splits
 
 
 def _key_backward(
@@ -207,14 +252,17 @@ def _key_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     mean_key: torch.Tensor,
-    sums: torch.Tensor,
-    row_scale: torch.Tensor,
-    vector: torch.Tensor,
+    state_sums: torch.Tensor,
+    vector_sums: torch.Tensor,
+    state_splits: int,
     conv_weight: torch.Tensor | None,
     grid: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of key and value, and partial gradients of scale [.., B, H, D]."""
     batch, tokens, heads, head_dim = key.shape
+    sums = torch.empty((batch, heads, head_dim, head_dim), dtype=key.dtype, device=key.device)
+    row_scale, vector = _floats(key, 2, batch, heads, head_dim)
+    _reduce(launch, state_sums, vector_sums, state_splits, tokens, sums, vector, row_scale)
     chunk, splits = launch.chunks(tokens)
     lengths = _lengths(launch, key, launch.key_mask)
     along = _floats(key, batch, heads, tokens)
@@ -238,6 +286,24 @@ def _key_backward(
         KERNEL=0 if conv_weight is None else conv_weight.shape[-1], **_strides("G", grad_output), **common,
     )  # fmt: skip
     return grad_key, grad_value, scale_sums
+
+
+def _convolution_backward(
+    launch: _Launch,
+    grad_output: torch.Tensor,
+    value: torch.Tensor,
+    conv_weight: torch.Tensor | None,
+    conv_bias: torch.Tensor | None,
+    grid: tuple[int, int],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of conv_weight and conv_bias, None for what is None."""
+    grad_weight = None if conv_weight is None else _weight_gradient(launch, grad_output, value, conv_weight, grid)
+    if conv_bias is None:
+        return grad_weight, None
+    per_sample = grad_output.sum(dim=(1, 2), dtype=torch.float32)
+    if launch.counts is not None:
+        per_sample = per_sample * (launch.counts > 0).unsqueeze(-1)
+    return grad_weight, per_sample.sum(dim=0).to(conv_bias.dtype)
 
 
 def _weight_gradient(
@@ -274,6 +340,44 @@ def _state_sums(launch: _Launch, key: torch.Tensor, value: torch.Tensor) -> tupl
     return sums, key_sums, splits
 
 
+def _finish_state(
+    launch: _Launch, sums: torch.Tensor, key_sums: torch.Tensor, splits: int, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """T in the input's dtype and the mean key, from sums by chunks; `tokens` counts keys where there is no mask."""
+    shape = (launch.batch, launch.heads, launch.head_dim)
+    means = torch.empty((*shape, launch.head_dim), dtype=launch.dtype, device=sums.device)
+    mean_key = _floats(sums, *shape)
+    _reduce(launch, sums, key_sums, splits, tokens, means, mean_key, None)
+    return means, mean_key
+
+
+def _query_output(
+    launch: _Launch,
+    query: torch.Tensor,
+    value: torch.Tensor,
+    conv_weight: torch.Tensor | None,
+    conv_bias: torch.Tensor | None,
+    means: torch.Tensor,
+    mean_key: torch.Tensor,
+    grid: tuple[int, int],
+) -> torch.Tensor:
+    batch, tokens, heads, _ = query.shape
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    blocks = triton.cdiv(tokens, launch.block_n)
+    # With blocks to spare, a program that takes every head reads the query from memory only once.
+    all_heads = batch * blocks >= 4 * launch.processors
+    lengths = query if all_heads else _lengths(launch, query, None)
+    kernels.query_kernel[(batch if all_heads else batch * heads, blocks)](
+        query, value, _or(launch.scale, query), lengths, means, mean_key, _or(conv_weight, query),
+        _or(conv_bias, query), _or(launch.key_mask, query), _or(launch.counts, query), output,
+        tokens, heads, *grid, query.stride(0), value.stride(0), launch.power,
+        HAS_MASK=launch.key_mask is not None, HAS_BIAS=conv_bias is not None,
+        KERNEL=0 if conv_weight is None else conv_weight.shape[-1], ALL_HEADS=all_heads, BLOCK_N=launch.block_n,
+        **_strides("Q", query), **_strides("V", value), **launch.mapping, **launch.shared, **launch.product,
+    )  # fmt: skip
+    return output
+
+
 def _lengths(launch: _Launch, x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
     """float32 [B, 3, N]: 1 / peak of every token and the lengths of its unit vector and of that vector's power."""
     batch, tokens, heads, _ = x.shape
@@ -303,11 +407,17 @@ def _reduce(
     )  # fmt: skip
 
 
-def _prepare(query: torch.Tensor, scale: torch.Tensor | None, key_mask: torch.Tensor | None, power: float) -> _Launch:
-    counts = None
+def _prepare(
+    query: torch.Tensor,
+    scale: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    power: float,
+    counts: torch.Tensor | None = None,
+) -> _Launch:
+    """`counts` [B], float32, where the keys of other processes count too."""
     if key_mask is not None:
         key_mask = key_mask.contiguous()
-        counts = key_mask.sum(dim=1, dtype=torch.float32)
+        counts = key_mask.sum(dim=1, dtype=torch.float32) if counts is None else counts
     batch, _, heads, head_dim = query.shape
     return _Launch(batch, heads, head_dim, power, scale, key_mask, counts, query.dtype, _processors(query.device))
 

@@ -1,0 +1,94 @@
+"""One picture's tokens over several processes, for a whole converted transformer: see `Adapter.token_parallel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from ..mixers import pictures_of
+from ..models import LAYER, survey
+from ..ops import even_rows
+from .handle import Adapter
+
+# Class -> the module whose output is the picture's tokens, and the one whose output becomes a picture again. What lies
+# between looks at one token at a time, but for self-attention (and cross-attention, whose queries stand alone too).
+_BETWEEN = {
+    "DiTTransformer2DModel": ("pos_embed", "proj_out_2"),
+    "PixArtTransformer2DModel": ("pos_embed", "proj_out"),
+}
+
+
+@contextmanager
+def token_parallel(adapter: Adapter, group: Any) -> Iterator[nn.Module]:
+    """See `Adapter.token_parallel`."""
+    model = adapter.model
+    first, last = _check(adapter)
+    if not dist.is_initialized():
+        raise RuntimeError("token_parallel needs torch.distributed: start with torchrun and init_process_group first.")
+    processes: Any = dist.group.WORLD if group is None else group
+    layers = [getattr(attn, LAYER) for _, attn in adapter.attention_modules()]
+    if any(layer.split for layer in layers):
+        raise RuntimeError("token_parallel() does not nest.")
+
+    def rows() -> tuple[int, ...]:
+        return even_rows(pictures_of(layers[0].grid)[0][1], dist.get_world_size(processes))
+
+    def take(module: nn.Module, args: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return _own_rows(tokens, rows(), dist.get_rank(processes))
+
+    def gather(module: nn.Module, args: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return _all_rows(tokens, rows(), processes)
+
+    kept = [(layer, layer.min_tokens) for layer in layers]
+    hooks = [model.get_submodule(first).register_forward_hook(take)]
+    hooks.append(model.get_submodule(last).register_forward_hook(gather))
+    for layer in layers:
+        layer.split, layer.min_tokens = True, 0
+    for _, mixer in adapter.mixers():
+        mixer.group = processes
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, min_tokens in kept:
+            layer.split, layer.min_tokens = False, min_tokens
+        for _, mixer in adapter.mixers():
+            mixer.group = None
+
+
+def _check(adapter: Adapter) -> tuple[str, str]:
+    model = adapter.model
+    name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in _BETWEEN), None)
+    if name is None:
+        raise ValueError(f"token_parallel knows {', '.join(_BETWEEN)} only, not {type(model).__name__}.")
+    left = [row.name for row in survey(model) if row.reason is None and row.name not in adapter.layers]
+    if left:
+        raise ValueError(f"{left[0]} stayed softmax, which needs every token in one process: convert every layer.")
+    return _BETWEEN[name]
+
+
+def _own_rows(tokens: torch.Tensor, rows: tuple[int, ...], rank: int) -> torch.Tensor:
+    """[B, h * w, C] -> this process's rows of it."""
+    width = tokens.shape[1] // sum(rows)
+    return tokens.narrow(1, sum(rows[:rank]) * width, rows[rank] * width)
+
+
+def _all_rows(tokens: torch.Tensor, rows: tuple[int, ...], group: Any) -> torch.Tensor:
+    """The inverse of `_own_rows`, on every process."""
+    if torch.is_grad_enabled() and tokens.requires_grad:
+        raise RuntimeError("token_parallel is for inference: call the model under torch.no_grad or inference_mode.")
+    rank = dist.get_rank(group)
+    width = tokens.shape[1] // rows[rank]
+    longest = max(rows) * width
+    # Collectives want equal sizes: shorter shares are padded, and cut again.
+    padded = F.pad(tokens, (0, 0, 0, longest - tokens.shape[1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in rows]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:, : count * width] for part, count in zip(parts, rows, strict=True)], dim=1)

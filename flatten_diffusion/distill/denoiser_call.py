@@ -1,0 +1,240 @@
+"""Conditioning of any text-to-image or -video pipeline: recorded from the pipeline's own call of its denoiser.
+
+For model classes without a row in `conditioning.FAMILIES`. The pipeline is started on the prompts, unguided, and
+stopped at its denoiser; what the denoiser was given beside the noisy sample and the timestep is the conditioning. What
+grows with the number of prompts is kept per sample, the rest (positions, rotary tables, sizes) once per picture size.
+The latents stay in the layout that the denoiser takes, so only data that the teacher draws itself can be used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from .buckets import Size
+
+Conditioning = dict[str, torch.Tensor]
+SHARED = "shared:"
+"""Prefix of what all samples of one picture size have in common."""
+_TIMESTEP = f"{SHARED}timestep map"
+_SCALARS = {"bool": bool, "int": int, "float": float}
+
+
+# What was found out by comparing calls, which takes two runs of the text encoders: names of the rows, and the rest.
+_layouts: WeakKeyDictionary[nn.Module, dict[Size, tuple[list[str], Conditioning]]] = WeakKeyDictionary()
+
+
+class _Recorded(Exception):
+    """Raised inside the denoiser to leave the pipeline's loop."""
+
+
+def can_record(model: nn.Module) -> bool:
+    """Whether `model` is a denoiser by its signature: a sample first, a timestep, and what a text encoder gives."""
+    names = _parameters(model)
+    text = any(name.startswith("encoder_hidden_states") for name in names)
+    return text and "controlnet_cond" not in names and any(name in names for name in ("timestep", "timesteps"))
+
+
+@torch.no_grad()
+def record_rows(pipeline: Any, model: nn.Module, prompts: Sequence[str], size: Size) -> Conditioning:
+    """What belongs to each prompt: CPU tensors, a row per prompt.
+
+    Raises:
+        ValueError: the pipeline cannot be recorded; says why.
+    """
+    rows, _ = _layout(pipeline, model, size)
+    call = _calls(pipeline, model, prompts, size, 1)[0]
+    return {name: call[name] for name in rows}
+
+
+@torch.no_grad()
+def record_shared(pipeline: Any, model: nn.Module, size: Size) -> Conditioning:
+    """What all prompts have in common at `size`: CPU tensors by names that begin with `SHARED`."""
+    _, shared = _layout(pipeline, model, size)
+    return shared
+
+
+def is_shared(name: str) -> bool:
+    """Whether a conditioning tensor has no row per sample."""
+    return name.startswith(SHARED)
+
+
+def replay(
+    model: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+) -> dict[str, Any]:
+    """Keyword arguments for the denoiser as its pipeline would pass them; timesteps as the scheduler counts them."""
+    factor, offset = conditioning[_TIMESTEP]
+    flat = {name.removeprefix(SHARED): tensor for name, tensor in conditioning.items() if name != _TIMESTEP}
+    arguments = _nest(flat)
+    arguments[_sample_name(model)] = noisy
+    timestep = _timestep_name(model)
+    arguments[timestep] = (timesteps * factor + offset).to(arguments[timestep].dtype)
+    return arguments
+
+
+@torch.no_grad()
+def draw_recorded(
+    pipeline: Any,
+    model: nn.Module,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    size: Size,
+    steps: int,
+    guidance: float,
+) -> torch.Tensor:
+    """Latents that the pipeline draws, in the layout of the denoiser, a seed per prompt; float32 on CPU."""
+    last: list[torch.Tensor] = []
+
+    def keep(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        last[:] = [tensors["latents"]]
+        return {}
+
+    options = _options(pipeline, prompts, size, steps)
+    options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if "guidance_scale" in options:
+        options["guidance_scale"] = guidance
+    pipeline(**options, callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["latents"])
+    return last[0].float().cpu()
+
+
+def _layout(pipeline: Any, model: nn.Module, size: Size) -> tuple[list[str], Conditioning]:
+    """Names of what has a row per prompt, and the rest; found by comparing one prompt with two."""
+    known = _layouts.setdefault(model, {})
+    if size not in known:
+        known[size] = _find_layout(pipeline, model, size)
+    return known[size]
+
+
+def _find_layout(pipeline: Any, model: nn.Module, size: Size) -> tuple[list[str], Conditioning]:
+    first, second = _calls(pipeline, model, [""], size, 2)
+    double = _calls(pipeline, model, ["", ""], size, 1)[0]
+    sample, timestep = _sample_name(model), _timestep_name(model)
+    rows, shared = [], {}
+    for name, tensor in first.items():
+        if name == sample or name == timestep:
+            continue
+        if double[name].shape == tensor.shape:
+            shared[SHARED + name] = tensor
+        elif double[name].shape == (2, *tensor.shape[1:]):
+            rows.append(name)
+        else:
+            raise _cannot(model, f"its argument {name!r} has neither a row per prompt nor one shape")
+    moments = pipeline.scheduler.timesteps[:2].double().cpu()
+    values = torch.stack([call[timestep].double().flatten()[0] for call in (first, second)])
+    if moments[0] == moments[1] or values[0] == values[1]:
+        raise _cannot(model, "its pipeline calls it more than once per step even without guidance")
+    factor = (values[1] - values[0]) / (moments[1] - moments[0])
+    shared[_TIMESTEP] = torch.stack([factor, values[0] - factor * moments[0]]).float()
+    shared[SHARED + timestep] = first[timestep]  # for its dtype
+    return rows, shared
+
+
+def _calls(pipeline: Any, model: nn.Module, prompts: Sequence[str], size: Size, count: int) -> list[Conditioning]:
+    """The denoiser's arguments in its first `count` calls, flat, on CPU; defaults left out."""
+    calls: list[Conditioning] = []
+    names = _parameters(model)
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        flat: Conditioning = {}
+        for name, value in given.items():
+            parameter = names.get(name)
+            is_default = parameter is not None and value is parameter.default
+            if name == "return_dict" or value is None or is_default or (isinstance(value, dict) and not value):
+                continue
+            _flatten(module, name, value, flat)
+        calls.append(flat)
+        if len(calls) == count:
+            raise _Recorded
+
+    with _hooked(model, record):
+        try:
+            pipeline(**_options(pipeline, prompts, size, 2), generator=torch.Generator().manual_seed(0))
+        except _Recorded:
+            pass
+    if len(calls) < count:
+        raise _cannot(model, f"{type(pipeline).__name__} does not call it")
+    if any(len(call[_sample_name(model)]) != len(prompts) for call in calls):
+        raise _cannot(model, f"{type(pipeline).__name__} guides without being asked to")
+    return calls
+
+
+@contextmanager
+def _hooked(model: nn.Module, hook: Any) -> Iterator[None]:
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _options(pipeline: Any, prompts: Sequence[str], size: Size, steps: int) -> dict[str, Any]:
+    """Arguments of an unguided call; guidance that is an input of the model stays the pipeline's default."""
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    options: dict[str, Any] = {"prompt": list(prompts), "num_inference_steps": steps, "output_type": "latent"}
+    options.update({name: side for name, side in zip(("height", "width"), size, strict=True) if name in accepted})
+    embedded = bool(pipeline.transformer.config.get("guidance_embeds")) if hasattr(pipeline, "transformer") else False
+    if "guidance_scale" in accepted and not embedded:
+        options["guidance_scale"] = 1.0
+    return options
+
+
+def _flatten(module: nn.Module, path: str, value: Any, flat: Conditioning) -> None:
+    """Tensors by path; tuples, lists and numbers become parts of the path that `_nest` undoes."""
+    if isinstance(value, torch.Tensor):
+        flat[path] = value.detach().cpu()
+    elif isinstance(value, (tuple, list)):
+        for index, part in enumerate(value):
+            _flatten(module, f"{path}/{index}", part, flat)
+    elif type(value).__name__ in _SCALARS:
+        flat[f"{path}/{type(value).__name__}"] = torch.tensor([value])
+    else:
+        raise _cannot(module, f"its argument {path!r} is {type(value).__name__}, no tensor")
+
+
+def _nest(flat: Conditioning) -> dict[str, Any]:
+    """The inverse of `_flatten`; every sequence becomes a tuple."""
+    tree: dict[str, Any] = {}
+    for path, tensor in flat.items():
+        *parents, leaf = path.split("/")
+        if leaf in _SCALARS:
+            *parents, leaf = parents
+            value: Any = _SCALARS[path.rpartition("/")[2]](tensor.item())
+        else:
+            value = tensor
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return {name: _tuples(value) for name, value in tree.items()}
+
+
+def _tuples(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return tuple(_tuples(node[index]) for index in sorted(node, key=int))
+
+
+def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    # The class's own forward: offloading replaces the instance's by a wrapper of another signature.
+    parameters = dict(inspect.signature(type(model).forward).parameters)
+    parameters.pop("self", None)
+    return parameters
+
+
+def _sample_name(model: nn.Module) -> str:
+    return next(iter(_parameters(model)))
+
+
+def _timestep_name(model: nn.Module) -> str:
+    return "timestep" if "timestep" in _parameters(model) else "timesteps"
+
+
+def _cannot(model: nn.Module, reason: str) -> ValueError:
+    return ValueError(f"{type(model).__name__} cannot be distilled by recording its pipeline: {reason}.")

@@ -1,0 +1,203 @@
+"""Joint attention over a picture and other tokens (text, registers): linear and softmax attention under one roof.
+
+A query of the picture sees picture keys P through the mixer (linear) and the other keys T through softmax, which is
+affordable because they are few. With L_i the mixer's output and S_i the softmax over T alone,
+
+    out_i = g_i L_i + (1 - g_i) S_i,
+
+and the forms below differ in the share g_i of attention that goes to the picture. Queries outside the picture keep
+the native softmax over everything.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class JointAttention(nn.Module):
+    """Base of the forms. One parameter: `bias` [heads], zeros, added to the log-odds of g_i.
+
+    Source: the softmax's own partition, exp(q.k) over P and T, is what both forms approximate; at `bias` = 0 neither
+    needs training.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(heads))
+
+    def parts(
+        self,
+        query: torch.Tensor,
+        picture_key: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        picture_mask: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1 - g) S [B, N, H, D] and g [B, N, H, 1], in the query's dtype.
+
+        Args:
+            query: [B, N, H, D], of the picture.
+            picture_key: [B, M, H, D].
+            key, value: [B, T, H, D], of the other tokens.
+            picture_mask, mask: bool [B, M] and [B, T], True where a key counts.
+            scale: of the softmax; None means D ** -0.5.
+        """
+        raise NotImplementedError
+
+    def forward(self, picture: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        """out [B, N, H, D], from the mixer's output `picture` and the arguments of `parts`."""
+        text, share = self.parts(*arguments)
+        return text + share * picture
+
+
+class SharedNormalizer(JointAttention):
+    """One normaliser: g_i = Z_P / (Z_P + Z_T), the softmax's own partition.
+
+    Z_T = sum over T of exp(s q_i.k_m) is exact. Z_P is estimated without looking at the keys one by one, from their
+    number n, mean m and covariance C: the scores of query i have mean a = s q_i.m and variance v = s^2 q_i^T C q_i, and
+
+        log Z_P = bias_h + a + (log n + v / 2   if v < 2 log n,   else   sqrt(2 v log n)),
+
+    exact for normal scores as n grows; beyond v = 2 log n the largest score dominates the sum.
+    Source: Derrida, "Random-energy model", Phys. Rev. B 24, 1981 (the free energy and its freezing).
+    """
+
+    def parts(
+        self,
+        query: torch.Tensor,
+        picture_key: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        picture_mask: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        log_mass = estimate_log_mass(query, picture_key, picture_mask, scale)
+        return _softmax_with_sink(query, key, value, mask, scale, log_mass + self.bias.to(log_mass.dtype))
+
+
+class GatedBranches(JointAttention):
+    """Two branches, each with its own normaliser, mixed per head: g = sigmoid(bias_h + log n_P - log n_T).
+
+    n_P and n_T are the numbers of keys that count: at the start the mixture is that of equal scores.
+    """
+
+    def parts(
+        self,
+        query: torch.Tensor,
+        picture_key: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        picture_mask: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        odds = _log_count(picture_key, picture_mask) - _log_count(key, mask)  # [B]
+        bias = self.bias.to(odds.dtype)
+        if mask is not None:  # without any key the share is 1, but softmax would give NaN
+            mask = mask | ~mask.any(dim=1, keepdim=True)
+        share = torch.sigmoid(odds[:, None] + bias)[:, None, :, None]  # [B, 1, H, 1]
+        text = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), _broadcast(mask), scale=scale
+        ).transpose(1, 2)
+        share = share.to(query.dtype)
+        return (1 - share) * text, share.expand(*query.shape[:3], 1)
+
+
+_FORMS: dict[str, type[JointAttention]] = {
+    "shared_normalizer": SharedNormalizer,
+    "gated_branches": GatedBranches,
+}
+
+
+def list_joints() -> list[str]:
+    """Names that `AdapterConfig(joint=...)` accepts."""
+    return list(_FORMS)
+
+
+def create_joint(name: str, heads: int) -> JointAttention:
+    """A new form by its name. Raises ValueError for an unknown one."""
+    if name not in _FORMS:
+        raise ValueError(f"Unknown joint {name!r}: choose one of {', '.join(_FORMS)}.")
+    return _FORMS[name](heads)
+
+
+def estimate_log_mass(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """log of the sum over keys of exp(scale q.k), from the keys' number, mean and covariance; see `SharedNormalizer`.
+
+    query [B, N, H, D], key [B, M, H, D], mask bool [B, M] or None -> [B, N, H] in float32 (float64 for float64).
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if mask is None:
+        log_count = torch.full((key.shape[0],), math.log(key.shape[1]), dtype=dtype, device=key.device)
+        weight = torch.full((), key.shape[1] ** -0.5, dtype=dtype, device=key.device)
+        mean = key.to(dtype).mean(dim=1)
+    else:
+        count = mask.sum(dim=1).clamp(min=1).to(dtype)
+        log_count = count.log()
+        keep = mask[:, :, None, None]
+        weight = keep * count.rsqrt()[:, None, None, None]
+        key = key.masked_fill(~keep, 0.0)
+        mean = key.to(dtype).sum(dim=1) / count[:, None, None]
+    # Centred before the product, so that half precision does not lose the spread beside a large mean.
+    centred = ((key.to(dtype) - mean[:, None]) * weight).to(key.dtype).transpose(1, 2)  # [B, H, M, D]
+    covariance = centred.transpose(-1, -2) @ centred  # [B, H, D, D]
+    queries = query.transpose(1, 2)  # [B, H, N, D]
+    variance = ((queries @ covariance) * queries).to(dtype).sum(dim=-1).clamp(min=1e-12) * scale * scale
+    average = (queries.to(dtype) @ mean.unsqueeze(-1)).squeeze(-1) * scale
+    log_count = log_count[:, None, None]
+    frozen = (2 * variance * log_count).clamp(min=1e-12).sqrt()
+    spread = torch.where(variance < 2 * log_count, log_count + variance / 2, frozen)
+    return (average + spread).transpose(1, 2)
+
+
+def _softmax_with_sink(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    log_mass: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention with one more key, of score `log_mass` [B, N, H] and value zero; and that key's weight.
+
+    Every fused kernel can do it: the score comes in by two more channels of the query (a value and what rounding left
+    of it, so that half precision does not blur it), and a channel of ones in the values gives the weight that is left.
+    """
+    batch, tokens, heads, head_dim = query.shape
+    extra = 8 - head_dim % 8  # fused kernels want multiples of 8
+    extra = extra if extra >= 2 else extra + 8
+    score = log_mass / scale
+    high = score.to(query.dtype)
+    low = (score - high.to(score.dtype)).to(query.dtype)
+    nothing = query.new_zeros(batch, tokens, heads, extra - 2)
+    queries = torch.cat([query, high.unsqueeze(-1), low.unsqueeze(-1), nothing], dim=-1)
+    sink = F.pad(key.new_ones(batch, 1, heads, 2), (head_dim, extra - 2))
+    keys = torch.cat([F.pad(key, (0, extra)), sink], dim=1)
+    ones = F.pad(value.new_ones(*value.shape[:3], 1), (0, extra - 1))
+    values = F.pad(torch.cat([value, ones], dim=-1), (0, 0, 0, 0, 0, 1))
+    keep = None if mask is None else F.pad(mask, (0, 1), value=True)
+    output = F.scaled_dot_product_attention(
+        queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), _broadcast(keep), scale=scale
+    ).transpose(1, 2)
+    return output[..., :head_dim], 1 - output[..., head_dim : head_dim + 1]
+
+
+def _log_count(key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[B], log of the number of keys that count, at least float32; a large negative number for none."""
+    if mask is None:  # a sum, since a graph may not know this size
+        mask = key.new_ones(key.shape[:2], dtype=torch.bool)
+    return mask.sum(dim=1).to(torch.promote_types(key.dtype, torch.float32)).clamp(min=1e-30).log()
+
+
+def _broadcast(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if mask is None else mask[:, None, None, :]

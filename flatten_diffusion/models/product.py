@@ -1,0 +1,240 @@
+"""What stands in for a native processor's attention product: linear over the picture, softmax for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..mixers import Mixer, count_tokens
+from .layer import LAYER, MIXER, ConvertedLayer
+from .projections import WithDeltas
+
+try:
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+except ImportError:  # diffusers before 0.35 has no backends, and no processor that calls it
+    dispatch_attention_fn = None
+
+Softmax = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+"""The native product of query, key and value [B, N, H, D] and a mask, [B, N, H, D]."""
+
+_PADDED = -5000.0
+"""An additive mask counts a key where it is above this: diffusers pads with -10000, the lowest float, or -inf."""
+
+
+def heads_first_product(
+    attn: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """In place of `F.scaled_dot_product_attention`: [B, H, N, D] all over, after the attention module."""
+    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    if enable_gqa:
+        options["enable_gqa"] = True
+
+    def softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, **options
+        ).transpose(1, 2)
+
+    exact = dropout_p == 0.0 and not is_causal
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return exchange(attn, query, key, value, attn_mask, scale, softmax, exact).transpose(1, 2)
+
+
+def tokens_first_product(
+    attn: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> torch.Tensor:
+    """In place of diffusers' `dispatch_attention_fn`: [B, N, H, D] all over, after the attention module."""
+    if parallel_config is not None:
+        name = getattr(_module(attn), LAYER).name
+        raise RuntimeError(f"{name}: context parallelism splits the tokens between devices: call restore() first.")
+    options: dict[str, Any] = {
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+        "attention_kwargs": attention_kwargs,
+        "backend": backend,
+    }
+
+    def softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return dispatch_attention_fn(q, k, v, attn_mask=mask, **options)
+
+    exact = dropout_p == 0.0 and not is_causal
+    return exchange(attn, query, key, value, attn_mask, scale, softmax, exact)
+
+
+def exchange(
+    seen: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    softmax: Softmax,
+    exact: bool = True,
+) -> torch.Tensor:
+    """The product of a converted layer, [B, N, H, D].
+
+    Args:
+        seen: the attention module, or the `WithDeltas` around it.
+        query, key, value: [B, N or M, H, D], as the native code hands them to its product.
+        mask: as the native code hands it on.
+        scale: of the softmax.
+        softmax: the native product.
+        exact: False where the native call asks for what linear attention has not (dropout, causality).
+
+    Raises:
+        RuntimeError: the tokens do not fit the grid, or a mask needs softmax while deltas are in the projections.
+    """
+    attn = _module(seen)
+    layer: ConvertedLayer = getattr(attn, LAYER)
+    if not layer.enabled:
+        output = softmax(query, key, value, mask)
+        if layer.tap is not None:
+            layer.tap(output)
+        return output
+    padding = _key_padding(layer, mask, key)
+    if not exact or (padding is None and mask is not None):
+        if layer.merged or seen is not attn:
+            raise RuntimeError(
+                f"{layer.name}: this call's mask or dropout needs softmax, and the projections carry what the adapter "
+                "learned: call the model without it, or inside adapter.disabled()."
+            )
+        if not torch.compiler.is_compiling():
+            layer.masked = True
+        return softmax(query, key, value, mask)
+    if key.shape[2] != query.shape[2]:
+        key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
+    mixer: Mixer = getattr(attn, MIXER)
+    if layer.place == "alone":
+        grid = layer.grid_of(query.shape[1]) if mixer.uses_grid else None
+        return mixer(query, key, value, grid, padding)
+    return _joint(layer, mixer, query, key, value, mask, padding, scale, softmax)
+
+
+def _joint(
+    layer: ConvertedLayer,
+    mixer: Mixer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    scale: float | None,
+    softmax: Softmax,
+) -> torch.Tensor:
+    """Picture queries: linear over the picture's keys, softmax over the others. Other queries: softmax over all."""
+    split = split_of(layer, query.shape[1], key.shape[1])
+    grid = layer.grid
+    picture_query, other_query = split.queries(query)
+    picture_key, other_key = split.keys(key)
+    picture_value, other_value = split.keys(value)
+    picture_mask, other_mask = (None, None) if padding is None else split.keys(padding)
+    picture = mixer(picture_query, picture_key, picture_value, grid if mixer.uses_grid else None, picture_mask)
+    if mixer.joint is not None:
+        picture = mixer.joint(
+            picture, picture_query, picture_key, other_key, other_value, picture_mask, other_mask, scale
+        )
+    if statically_known_true(other_query.shape[1] == 0):  # Mochi's number of text tokens is unknown to a graph
+        return picture
+    torch._check(other_query.shape[1] > 0)
+    rows = mask
+    if mask is not None and mask.shape[-2] > 1:
+        rows = split.queries(mask.expand(query.shape[0], *mask.shape[1:]), dim=-2)[1]
+    return split.together(picture, softmax(other_query, key, value, rows))
+
+
+class Split:
+    """Which tokens of a sequence are the picture's, and which are not; ragged ones through an index.
+
+    Args:
+        picture: number of picture tokens; they stand before all others or, with `last`, after them.
+        starts: [B], each sample's first picture token, where samples differ in it; then `last` does not matter.
+    """
+
+    def __init__(self, picture: int, last: bool, starts: torch.Tensor | None = None) -> None:
+        self.picture = picture
+        self.last = last
+        self.starts = starts
+
+    def queries(self, x: torch.Tensor, dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """The picture's part of x and the rest, along `dim`."""
+        if self.starts is not None:
+            x = _gather(x, self._order(x.shape[dim], self.starts), dim)
+        others = x.shape[dim] - self.picture
+        if self.last and self.starts is None:
+            return x.narrow(dim, others, self.picture), x.narrow(dim, 0, others)
+        return x.narrow(dim, 0, self.picture), x.narrow(dim, self.picture, others)
+
+    keys = queries
+
+    def together(self, picture: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """The inverse of `queries` along dimension 1."""
+        if self.starts is None:
+            return torch.cat([others, picture] if self.last else [picture, others], dim=1)
+        whole = torch.cat([picture, others], dim=1)
+        return _gather(whole, self._order(whole.shape[1], self.starts).argsort(dim=1), 1)
+
+    def _order(self, tokens: int, starts: torch.Tensor) -> torch.Tensor:
+        """[B, N]: the sequence position of each token once the picture stands first."""
+        index = torch.arange(tokens, device=starts.device)[None]
+        other = index - self.picture
+        after = other >= starts[:, None]
+        return torch.where(index < self.picture, index + starts[:, None], other + after * self.picture)
+
+
+def _gather(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
+    dim = dim % x.dim()
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = order.shape
+    return x.gather(dim, order.view(shape).expand(*x.shape))
+
+
+def split_of(layer: ConvertedLayer, queries: int, keys: int) -> Split:
+    """How a joint layer's sequence divides. Raises RuntimeError when its picture tokens are unknown or do not fit."""
+    if layer.grid is None or layer.reading is None:
+        raise RuntimeError(f"{layer.name}: which tokens are the picture's is unknown: call the whole model.")
+    picture = count_tokens(layer.grid)
+    if picture > min(queries, keys):
+        layer.grid_of(min(queries, keys))  # raises, with the sizes
+    return Split(picture, layer.place == "last", layer.reading.starts)
+
+
+def _key_padding(layer: ConvertedLayer, mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
+    """bool [B, M], True where a key counts for the picture's queries; None without a mask or for an arbitrary one."""
+    if mask is None:
+        return None
+    batch, keys = key.shape[:2]
+    if layer.reading is not None and layer.reading.key_mask is not None:
+        return layer.reading.key_mask.to(torch.bool).expand(batch, keys)
+    if mask.dim() != 4 or mask.shape[-2] != 1:
+        return None
+    row = mask[:, 0, 0]  # key padding is the same for every head
+    return (row if row.dtype == torch.bool else row > _PADDED).expand(batch, keys)
+
+
+def _module(seen: Any) -> Any:
+    return seen.attn if isinstance(seen, WithDeltas) else seen

@@ -1,0 +1,133 @@
+"""Where an attention module keeps its query, key, value and output projections, and deltas added to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_PARTS = ("q", "k", "v")
+# Linear modules whose first 3 * inner_dim output features are query, key and value: Flux2's single streams and PRX.
+_ALWAYS_FUSED = ("to_qkv_mlp_proj", "img_qkv_proj")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection of an attention module: a linear module, or a part of a wider one.
+
+    Attributes:
+        path: of the module, below the attention module.
+        rows: (start, stop) of the output features that are this projection; None for all.
+        columns: (start, stop) of the input features that it sees; None for all.
+    """
+
+    path: str
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+    def module(self, attn: nn.Module) -> Any:
+        """The linear module, LoRA around it included."""
+        return attn.get_submodule(self.path)
+
+    def base(self, attn: nn.Module) -> Any:
+        """The linear module itself."""
+        module = self.module(attn)
+        return getattr(module, "base_layer", module)
+
+    def in_features(self, attn: nn.Module) -> int:
+        """Width of the input that this projection sees."""
+        return _width(self.columns, self.module(attn).in_features)
+
+    def out_features(self, attn: nn.Module) -> int:
+        """Width of this projection's output."""
+        return _width(self.rows, self.module(attn).out_features)
+
+    def weight(self, attn: nn.Module) -> torch.Tensor:
+        """[out_features, in_features], a view of the base weight."""
+        weight: torch.Tensor = self.base(attn).weight
+        if self.rows is None and self.columns is None:
+            return weight
+        return weight[slice(*self.rows or (None,)), slice(*self.columns or (None,))]
+
+
+def _width(part: tuple[int, int] | None, whole: int) -> int:
+    return whole if part is None else part[1] - part[0]
+
+
+def find_projection(attn: Any, name: str) -> Projection | None:
+    """The projection `name` (out of "q", "k", "v", "out") of an attention module; None where it has none of its own.
+
+    Single-stream blocks of Flux and HunyuanVideo, for instance, leave the output projection to the block.
+    """
+    if name == "out":
+        return _find_out(attn)
+    if isinstance(getattr(attn, f"to_{name}", None), nn.Module):
+        return Projection(f"to_{name}")
+    for path in _ALWAYS_FUSED:
+        if hasattr(attn, path):
+            start = _PARTS.index(name) * attn.inner_dim
+            return Projection(path, rows=(start, start + attn.inner_dim))
+    return None
+
+
+def _find_out(attn: Any) -> Projection | None:
+    to_out = getattr(attn, "to_out", None)
+    if isinstance(to_out, (nn.ModuleList, nn.Sequential)):
+        return Projection("to_out.0")
+    if not isinstance(to_out, nn.Module):
+        return None
+    whole = getattr(to_out, "in_features", attn.inner_dim) == attn.inner_dim
+    return Projection("to_out", columns=None if whole else (0, attn.inner_dim))
+
+
+class _Added:
+    """A projection with deltas: [(delta, rows, columns)] on top of what the module gives."""
+
+    def __init__(self, module: Any, parts: list[tuple[Any, tuple[int, int] | None, tuple[int, int] | None]]) -> None:
+        self.module = module
+        self.parts = parts
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.module(hidden_states)
+        for delta, rows, columns in self.parts:
+            seen = hidden_states if columns is None else hidden_states[..., columns[0] : columns[1]]
+            added = delta(seen)
+            if rows is not None:
+                added = F.pad(added, (rows[0], output.shape[-1] - rows[1]))
+            output = output + added
+        return output
+
+
+class WithDeltas:
+    """An attention module as its native processor sees it while its mixer's projection deltas count.
+
+    Attributes:
+        attn: the attention module; every attribute that carries no delta is its own.
+    """
+
+    def __init__(self, attn: Any, deltas: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
+        self.attn = attn
+        fused = getattr(attn, "fused_projections", False) and hasattr(attn, "to_qkv")
+        whole: dict[str, list[Any]] = {}
+        for name in ("q", "k", "v", "out"):
+            if name not in deltas:
+                continue
+            place = find_projection(attn, name)
+            assert place is not None
+            path, rows = place.path, place.rows
+            if fused and name != "out":
+                start = _PARTS.index(name) * attn.inner_dim
+                path, rows = "to_qkv", (start, start + attn.inner_dim)
+            whole.setdefault(path, []).append((deltas[name], rows, place.columns))
+        for path, parts in whole.items():
+            if path == "to_out.0":
+                self.to_out = [_Added(attn.to_out[0], parts), *list(attn.to_out)[1:]]
+            else:
+                setattr(self, path, _Added(getattr(attn, path), parts))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.attn, name)

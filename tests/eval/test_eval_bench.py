@@ -1,0 +1,80 @@
+"""The speed tables, in miniature: what is run and what is reported of it; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval import architectures, bench_cpu, bench_models, bench_operator
+from flatten_diffusion.models import crossover as layers
+from flatten_diffusion.ops import crossover
+
+from .test_eval_throughput import TINY
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "ARCHITECTURES", TINY)
+    monkeypatch.setattr(bench_operator, "COPY_BYTES", 2**16)
+    monkeypatch.setenv("FLATTEN_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(crossover, "_known", {})
+    monkeypatch.setattr(layers, "_found", {})
+    monkeypatch.setattr(crossover, "_time_ratio", lambda runs_at, side, device: 100 / (side * side))
+
+
+def test_the_cpu_table(tmp_path: Path) -> None:
+    path, threads = tmp_path / "cpu.json", torch.get_num_threads()
+    try:
+        bench_cpu.main(
+            ["--json", str(path), "--threads", "1", "--tokens", "4096", "--rounds", "1", "--sizes", "64", "128",
+             "--model_rounds", "2", "1", "--no_compile"]
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads(path.read_text())
+    assert result["command"].startswith("python -m eval.bench_cpu --json ")
+    assert {"versions", "device_name", "time", "threads", "cpu", "load_before"} <= set(result["environment"])
+    assert [(row["kernel_size"], row["tokens"]) for row in result["operator"]] == [(5, 4096), (0, 4096)]
+    assert {"sdpa", "linear:eager"} == set(result["operator"][0]["variants"])
+    assert [set(row["variants"]) for row in result["model"]] == [{"sdpa", "auto"}, {"sdpa", "auto", "floor"}]
+    assert [row["variants"]["auto"]["rounds"] for row in result["model"]] == [2, 1]
+    assert all("tokens (measured)" in reason for reason in result["model"][0]["layers"].values())
+    assert [row["row"] for row in result["verdicts"]] == ["operator, 4096 tokens"]
+    row = result["operator"][0]["variants"]
+    assert result["verdicts"][0]["ratio"] == pytest.approx(row["sdpa"]["seconds"] / row["linear:eager"]["seconds"])
+
+
+def test_rows_that_miss_are_said() -> None:
+    result = {
+        "operator": [],
+        "bfloat16": [{"tokens": 16384, "float32_over_bfloat16": 0.9}],
+        "model": [{"size": 512, "sdpa_over_auto": 0.98}, {"size": 1024, "sdpa_over_auto": 1.4, "floor_over_auto": 0.9}],
+    }
+    met = {row["row"]: row["met"] for row in bench_cpu.verdicts(result)}
+    assert met == {
+        "unet 1024x1024 against sdpa": False,
+        "unet 1024x1024 against the floor": True,
+        "unet 512x512 against sdpa": True,
+        "bfloat16 against float32, 16384 tokens": False,
+    }
+
+
+def test_rounds_for_each_size() -> None:
+    options = bench_models.parse_arguments(["--sizes", "64", "128", "--rounds", "3", "--warmup", "1", "0"])
+    assert (options.rounds, options.warmup) == ([3, 3], [1, 0])
+    for wrong in (["--sizes", "64", "128", "--rounds", "1", "2", "3"], ["--sizes", "64", "--warmup", "1", "2"]):
+        with pytest.raises(SystemExit):
+            bench_models.parse_arguments(wrong)
+    with pytest.raises(SystemExit):
+        bench_cpu.parse_arguments(["--sizes", "64", "--model_rounds", "1", "2"])
+
+
+def test_other_packages_are_named_with_the_reason_they_are_missing() -> None:
+    query = torch.randn(1, 8, 2, 4)
+    (name, run), *others = bench_operator.public_variants(query, query, query).items()
+    assert name.startswith("public:") and not others
+    with pytest.raises((RuntimeError, ImportError)):
+        run()

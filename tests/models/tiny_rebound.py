@@ -1,0 +1,392 @@
+"""Tiny random models of the families whose native processors run as they are, but for their product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from flatten_diffusion.mixers import Grid
+
+R, T = torch.randn, torch.tensor
+
+
+@dataclass
+class Rebound:
+    """A model, a call of it, the changes that turn its picture on its side, and what a conversion must find."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    turn: dict[str, Any]
+    grid: Grid
+    turned_grid: Grid
+    converted: int
+    total: int
+    joint: int = 0
+    include: list[str] | None = field(default=None)
+
+    def __call__(self, model: nn.Module | None = None, **changes: Any) -> torch.Tensor:
+        """All outputs of one call, flat."""
+        output = (self.model if model is None else model)(**{**self.inputs, **changes})
+        parts = list(output) if isinstance(output, tuple) else list(output.values())
+        parts = [p for part in parts for p in (part if isinstance(part, (list, tuple)) else [part])]
+        return torch.cat([part.flatten() for part in parts])
+
+
+def _turn(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.transpose(-1, -2).contiguous()
+
+
+def _picture(model: nn.Module, counts: tuple[int, int, int], grid: Grid = (4, 6), **inputs: Any) -> Rebound:
+    """A model that is given `hidden_states` as a picture or video."""
+    turned = {"hidden_states": _turn(inputs["hidden_states"])}
+    return Rebound(model, inputs, turned, grid, (*grid[:-2], grid[-1], grid[-2]), *counts)
+
+
+def position_ids(height: int, width: int, picture: int = 0, columns: int = 3) -> torch.Tensor:
+    """[height * width, columns]: (picture, row, column, 0...)."""
+    ids = torch.zeros(height, width, columns)
+    ids[..., 0] = picture
+    ids[..., 1] += torch.arange(height)[:, None]
+    ids[..., 2] += torch.arange(width)[None]
+    return ids.reshape(height * width, columns)
+
+
+def hunyuandit() -> Rebound:
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed
+
+    model = diffusers.HunyuanDiT2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        hidden_size=16, cross_attention_dim=24, cross_attention_dim_t5=24, pooled_projection_dim=8, text_len=4,
+        text_len_t5=4, activation_fn="gelu-approximate",
+    )  # fmt: skip
+    ropes = [get_2d_rotary_pos_embed(8, ((0, 0), size), size, output_type="pt") for size in ((4, 6), (6, 4))]
+    tiny = _picture(
+        model, (2, 4, 0), hidden_states=R(2, 4, 8, 12), timestep=T([5.0, 5.0]), encoder_hidden_states=R(2, 4, 24),
+        text_embedding_mask=torch.ones(2, 4), encoder_hidden_states_t5=R(2, 4, 24),
+        text_embedding_mask_t5=torch.ones(2, 4), image_meta_size=R(2, 6), style=T([0, 0]), image_rotary_emb=ropes[0],
+    )  # fmt: skip
+    tiny.turn["image_rotary_emb"] = ropes[1]
+    return tiny
+
+
+def sd3() -> Rebound:
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=24, out_channels=4,
+        pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    return _picture(
+        model, (3, 3, 2), hidden_states=R(2, 4, 8, 12), timestep=T([5, 5]), encoder_hidden_states=R(2, 7, 24),
+        pooled_projections=R(2, 24),
+    )  # fmt: skip
+
+
+def auraflow() -> Rebound:
+    model = diffusers.AuraFlowTransformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=16, out_channels=4,
+        pos_embed_max_size=256,
+    )  # fmt: skip
+    return _picture(
+        model, (2, 2, 2), hidden_states=R(2, 4, 8, 12), timestep=T([0.5, 0.5]), encoder_hidden_states=R(2, 7, 24)
+    )
+
+
+def _flux_like(model: nn.Module, columns: int = 3, **more: Any) -> Rebound:
+    inputs = {
+        "hidden_states": R(2, 24, 4),
+        "encoder_hidden_states": R(2, 7, 24),
+        "timestep": T([0.5, 0.5]),
+        "img_ids": position_ids(4, 6, columns=columns),
+        "txt_ids": torch.zeros(7, columns),
+        **more,
+    }
+    return Rebound(model, inputs, {"img_ids": position_ids(6, 4, columns=columns)}, (4, 6), (6, 4), 2, 2, 2)
+
+
+def flux() -> Rebound:
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, pooled_projection_dim=24, axes_dims_rope=(4, 4, 8), guidance_embeds=False,
+    )  # fmt: skip
+    return _flux_like(model, pooled_projections=R(2, 24))
+
+
+def flux2() -> Rebound:
+    model = diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    return _flux_like(model, columns=4)
+
+
+def chroma() -> Rebound:
+    model = diffusers.ChromaTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=1,
+    )  # fmt: skip
+    mask = torch.ones(2, 31, dtype=torch.bool)
+    mask[1, 5:7] = False
+    return _flux_like(model, attention_mask=mask)
+
+
+def qwenimage() -> Rebound:
+    model = diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": R(2, 24, 16),
+        "encoder_hidden_states": R(2, 7, 24),
+        "encoder_hidden_states_mask": _text_mask(),
+        "timestep": T([0.5, 0.5]),
+        "img_shapes": [[(1, 4, 6)]] * 2,
+    }
+    return Rebound(model, inputs, {"img_shapes": [[(1, 6, 4)]] * 2}, (1, 4, 6), (1, 6, 4), 2, 2, 2)
+
+
+def _text_mask() -> torch.Tensor:
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 5:] = False
+    return mask
+
+
+def cogview4() -> Rebound:
+    model = diffusers.CogView4Transformer2DModel(
+        patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, out_channels=4,
+        text_embed_dim=24, time_embed_dim=8, condition_dim=4, rope_axes_dim=(256, 256),
+    )  # fmt: skip
+    return _picture(
+        model, (2, 2, 2), hidden_states=R(2, 4, 8, 12), encoder_hidden_states=R(2, 7, 24), timestep=T([5, 5]),
+        original_size=R(2, 2), target_size=R(2, 2), crop_coords=R(2, 2),
+    )  # fmt: skip
+
+
+def lumina2() -> Rebound:
+    model = diffusers.Lumina2Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=2, axes_dim_rope=(4, 4, 4), axes_lens=(32, 32, 32),
+        cap_feat_dim=24,
+    )  # fmt: skip
+    return _picture(
+        model, (3, 4, 2), hidden_states=R(2, 4, 8, 12), timestep=T([0.5, 0.5]), encoder_hidden_states=R(2, 7, 24),
+        encoder_attention_mask=_text_mask(),
+    )  # fmt: skip
+
+
+def hidream() -> Rebound:
+    model = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
+        num_attention_heads=4, caption_channels=[24, 12], text_emb_dim=16, num_routed_experts=2,
+        num_activated_experts=2, axes_dims_rope=(4, 2, 2), max_resolution=(16, 16), llama_layers=(0, 1),
+        force_inference_output=True,
+    )  # fmt: skip
+    return _picture(
+        model, (2, 2, 2), hidden_states=R(2, 4, 8, 12), timesteps=T([5, 5]), encoder_hidden_states_t5=R(2, 7, 24),
+        encoder_hidden_states_llama3=R(2, 2, 7, 12), pooled_embeds=R(2, 16),
+    )  # fmt: skip
+
+
+def omnigen() -> Rebound:
+    model = diffusers.OmniGenTransformer2DModel(
+        in_channels=4, patch_size=2, hidden_size=16, num_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=32, pad_token_id=0, vocab_size=100, time_step_dim=4, pos_embed_max_size=16,
+        rope_scaling={"long_factor": list(range(1, 5)), "short_factor": list(range(1, 5))},
+    )  # fmt: skip
+    tokens = 7 + 1 + 24
+    mask = torch.ones(2, tokens, tokens).tril()
+    mask[:, 8:, :] = 1
+    mask[1, :, :2] = 0
+    mask[1, :2, :2] = torch.eye(2)
+    return _picture(
+        model, (2, 2, 2), hidden_states=R(2, 4, 8, 12), timestep=T([0.5, 0.5]),
+        input_ids=torch.randint(0, 100, (2, 7)), input_img_latents=[], input_image_sizes={}, attention_mask=mask,
+        position_ids=torch.arange(tokens)[None].repeat(2, 1),
+    )  # fmt: skip
+
+
+def zimage() -> Rebound:
+    model = diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2,
+        n_kv_heads=2, qk_norm=True, cap_feat_dim=24, rope_theta=256.0, t_scale=1000.0, axes_dims=[4, 4, 8],
+        axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    for parameter in (model.x_pad_token, model.cap_pad_token):
+        nn.init.zeros_(parameter)
+    pictures = [R(4, 1, 8, 12), R(4, 1, 8, 12)]
+    inputs = {"x": pictures, "t": T([0.5, 0.5]), "cap_feats": [R(7, 24), R(40, 24)]}
+    return Rebound(model, inputs, {"x": [_turn(x) for x in pictures]}, (1, 4, 6), (1, 6, 4), 3, 4, 3)
+
+
+def prx() -> Rebound:
+    model = diffusers.PRXTransformer2DModel(
+        in_channels=4, patch_size=2, context_in_dim=24, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2,
+        axes_dim=[8, 8],
+    )  # fmt: skip
+    for parameter in model.parameters():  # its zero layers would hide everything
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return _picture(
+        model, (2, 2, 2), hidden_states=R(2, 4, 8, 12), timestep=T([0.5, 0.5]), encoder_hidden_states=R(2, 7, 24),
+        attention_mask=_text_mask(),
+    )  # fmt: skip
+
+
+def sana() -> Rebound:
+    model = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=24,
+        sample_size=8, patch_size=1,
+    )  # fmt: skip
+    tiny = _picture(
+        model, (2, 4, 0), (8, 12), hidden_states=R(2, 4, 8, 12), timestep=T([5, 5]),
+        encoder_hidden_states=R(2, 7, 24), encoder_attention_mask=torch.ones(2, 7),
+    )  # fmt: skip
+    tiny.include = ["*.attn1"]
+    return tiny
+
+
+def cogvideox() -> Rebound:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    model = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=24, num_layers=2, sample_width=12, sample_height=8, sample_frames=9, patch_size=2,
+        temporal_compression_ratio=4, max_text_seq_length=7, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    ropes = [get_3d_rotary_pos_embed(16, ((0, 0), size), size, 3) for size in ((4, 6), (6, 4))]
+    tiny = _picture(
+        model, (2, 2, 2), (3, 4, 6), hidden_states=R(2, 3, 4, 8, 12), encoder_hidden_states=R(2, 7, 24),
+        timestep=T([5, 5]), image_rotary_emb=ropes[0],
+    )  # fmt: skip
+    tiny.turn["image_rotary_emb"] = ropes[1]
+    return tiny
+
+
+def ltx() -> Rebound:
+    model = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        num_layers=2, caption_channels=24,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": R(2, 48, 4),
+        "encoder_hidden_states": R(2, 7, 24),
+        "timestep": T([5, 5]),
+        "encoder_attention_mask": torch.ones(2, 7),
+        "num_frames": 2,
+        "height": 4,
+        "width": 6,
+    }
+    return Rebound(model, inputs, {"height": 6, "width": 4}, (2, 4, 6), (2, 6, 4), 2, 4)
+
+
+def wan() -> Rebound:
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )  # fmt: skip
+    return _picture(
+        model, (2, 4, 0), (2, 4, 6), hidden_states=R(2, 4, 2, 8, 12), timestep=T([5, 5]),
+        encoder_hidden_states=R(2, 7, 16),
+    )  # fmt: skip
+
+
+def hunyuanvideo() -> Rebound:
+    model = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True, text_embed_dim=16,
+        pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
+    )  # fmt: skip
+    return _picture(
+        model, (2, 3, 2), (2, 4, 6), hidden_states=R(2, 4, 2, 4, 6), timestep=T([5, 5]),
+        encoder_hidden_states=R(2, 7, 16), pooled_projections=R(2, 8), encoder_attention_mask=_text_mask().float(),
+        guidance=T([5.0, 5.0]),
+    )  # fmt: skip
+
+
+def mochi() -> Rebound:
+    model = diffusers.MochiTransformer3DModel(
+        patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16,
+        in_channels=4, out_channels=None, qk_norm="rms_norm", text_embed_dim=16, time_embed_dim=4,
+        activation_fn="swiglu", max_sequence_length=7,
+    )  # fmt: skip
+    return _picture(
+        model, (2, 2, 2), (2, 4, 6), hidden_states=R(2, 4, 2, 8, 12), encoder_hidden_states=R(2, 7, 16),
+        timestep=T([5, 5]), encoder_attention_mask=_text_mask(),
+    )  # fmt: skip
+
+
+def allegro() -> Rebound:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
+
+    model = diffusers.AllegroTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, num_layers=2,
+        cross_attention_dim=48, sample_width=12, sample_height=8, sample_frames=2, caption_channels=24,
+    )  # fmt: skip
+
+    def rope(size: tuple[int, int]) -> Any:
+        *freqs, times, rows, columns = get_3d_rotary_pos_embed_allegro(
+            embed_dim=24, crops_coords=((0, 0), size), grid_size=size, temporal_size=2,
+            interpolation_scale=(1.0, 1.0, 1.0), device="cpu",
+        )  # fmt: skip
+        axes = torch.meshgrid(times, rows, columns, indexing="ij")
+        return tuple(freqs), tuple(axis.reshape(1, -1).long() for axis in axes)
+
+    tiny = _picture(
+        model, (2, 4, 0), (2, 4, 6), hidden_states=R(2, 4, 2, 8, 12), timestep=T([5, 5]),
+        encoder_hidden_states=R(2, 7, 24), encoder_attention_mask=torch.ones(2, 7), image_rotary_emb=rope((4, 6)),
+    )  # fmt: skip
+    tiny.turn["image_rotary_emb"] = rope((6, 4))
+    return tiny
+
+
+def stableaudio() -> Rebound:
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+    model = diffusers.StableAudioDiTModel(
+        sample_size=16, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=4,
+        num_key_value_attention_heads=2, cross_attention_dim=32, time_proj_dim=8, global_states_input_dim=8,
+        cross_attention_input_dim=24,
+    )  # fmt: skip
+    ropes = [get_1d_rotary_pos_embed(8, n + 1, use_real=True, repeat_interleave_real=False) for n in (16, 20)]
+    inputs = {
+        "hidden_states": R(2, 4, 16),
+        "timestep": T([5.0, 5.0]),
+        "encoder_hidden_states": R(2, 7, 24),
+        "global_hidden_states": R(2, 1, 8),
+        "rotary_embedding": ropes[0],
+    }
+    longer = {"hidden_states": R(2, 4, 20), "rotary_embedding": ropes[1]}
+    return Rebound(model, inputs, longer, (1, 16), (1, 20), 2, 4, 2)
+
+
+REBOUND: dict[str, Callable[[], Rebound]] = {
+    build.__name__: build
+    for build in (
+        hunyuandit, sd3, auraflow, flux, flux2, chroma, qwenimage, cogview4, lumina2, hidream, omnigen, zimage, prx,
+        sana, cogvideox, ltx, wan, hunyuanvideo, mochi, allegro, stableaudio,
+    )
+}  # fmt: skip
+
+JOINT = [name for name in REBOUND if name not in ("hunyuandit", "sana", "ltx", "wan", "allegro")]
+
+
+def build_rebound(name: str, seed: int = 0) -> Rebound:
+    """The tiny model `name`, in eval mode, the same at every call with the same seed."""
+    torch.manual_seed(seed)
+    try:
+        tiny = REBOUND[name]()
+    except AttributeError as error:
+        if "module diffusers has no attribute" not in str(error):
+            raise
+        pytest.skip(f"this diffusers has no {name}")
+    tiny.model.eval()
+    return tiny
