@@ -163,7 +163,9 @@ def main() -> None:
     with adapter.disabled():
         original = draw_all(pipe, args)
     converted = draw_all(pipe, args)
-    labels = ("original: softmax attention", f"converted: {len(adapter.layers)} layers linear")
+    least = adapter.config.min_tokens
+    sizes = f"of {least} tokens and more" if least else "of every size"
+    labels = ("original: softmax attention", f"converted: self-attention {sizes} linear")
     two_rows(original, converted, labels).save(args.output)
 
     native = pipe.unet.config.sample_size * pipe.vae_scale_factor
