@@ -9,7 +9,6 @@ raw focused swap's denoising-loss gap that it closes on held-out examples. Print
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -47,6 +46,9 @@ from flatten_diffusion.mixers import (
     ProjectionDelta,
     register_mixer,
 )
+from flatten_diffusion.scenes.grammar import sample_captions
+from flatten_diffusion.scenes.pipeline import PIPELINES, load_embedded
+from flatten_diffusion.scenes.render import render_folder
 
 from .files import write_json
 from .versions import environment
@@ -127,6 +129,16 @@ class Variant:
     fresh: bool = False
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What all variants share."""
+
+    pipeline: Any
+    config: AdapterConfig
+    settings: DistillSettings
+    data: tuple[LatentCache, LatentCache]
+
+
 _UNFOCUSED = CalibrationSettings(powers=(1.0,))
 _INHERITED = CalibrationSettings(shifts=(), pair_shifts=())
 VARIANTS = (
@@ -157,41 +169,25 @@ def refresh(adapter: Adapter, seed: int) -> None:
             delta.assign(new.to(weight) - weight, torch.zeros_like(delta.bias))
 
 
-def run_variant(
-    variant: Variant, pipeline: Any, config: AdapterConfig, settings: DistillSettings, data: Sequence[LatentCache]
-) -> tuple[dict[str, Gap], int, float]:
+def run_variant(variant: Variant, budget: Budget) -> tuple[dict[str, Gap], int, float]:
     """Held-out gaps by stage, the number of learned parameters, and the seconds it took."""
-    model = resolve_model(pipeline)
-    adapter = linearize(model, replace(config, **variant.config))
+    model = resolve_model(budget.pipeline)
+    adapter = linearize(model, replace(budget.config, **variant.config))
     try:
         if variant.fresh:
-            refresh(adapter, settings.seed)
+            refresh(adapter, budget.settings.seed)
         distiller = Distiller(
             Accelerator(),
             adapter,
-            Diffusion(pipeline.scheduler),
-            data[0],
-            data[1],
-            replace(settings, **variant.settings),
+            Diffusion(budget.pipeline.scheduler),
+            *budget.data,
+            replace(budget.settings, **variant.settings),
         )
         progress = distiller.run()
         size = sum(parameter.numel() for parameter in adapter.parameters())
         return progress.gaps, size, sum(progress.seconds.values())
     finally:
         restore(model)
-
-
-def render_scenes(folder: Path, count: int, size: int, seed: int) -> None:
-    """Pictures of training captions with their metadata.jsonl, for the embedded pipeline."""
-    from flatten_diffusion.scenes import render, sample_captions
-
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for index, caption in enumerate(sample_captions(count, seed, held_out=False)):
-        name = f"{index:06d}.png"
-        render(caption, size, seed + index).save(folder / name)
-        rows.append(json.dumps({"file_name": name, "text": caption}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -224,7 +220,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--pretrained_model_name_or_path", default="scenes", help="folder or Hub id; 'scenes': embedded"
+        "--pretrained_model_name_or_path", default="scenes", help="folder, Hub id, scenes or scenes-sd3"
     )
     parser.add_argument("--train_data_dir", type=Path, default=None, help="captioned pictures; default: drawn scenes")
     parser.add_argument("--num_scenes", type=int, default=2000, help="scenes drawn without --train_data_dir")
@@ -244,23 +240,26 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse_args(arguments)
-    chosen = [v for v in VARIANTS if args.variants is None or any(part in v.name for part in args.variants)]
-    if not chosen:
-        print(f"error: --variants matches none of: {'; '.join(v.name for v in VARIANTS)}", file=sys.stderr)
-        return 2
-    if args.pretrained_model_name_or_path == "scenes":
-        from flatten_diffusion.scenes import load_scenes_pipeline
-
-        pipeline: Any = load_scenes_pipeline()
+def load_frozen(source: str) -> Any:
+    """The pipeline, frozen, on accelerate's device."""
+    if source in PIPELINES:
+        pipeline: Any = load_embedded(source)
     else:
-        pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
+        pipeline = DiffusionPipeline.from_pretrained(source)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False)
             component.eval()
-    pipeline.to(Accelerator().device)
+    return pipeline.to(Accelerator().device)
+
+
+def prepare(args: argparse.Namespace, temporary: Path) -> Budget:
+    """Pipeline, settings and cached data; what can be wrong with the data's folder is found before anything loads.
+
+    Raises:
+        OSError, ValueError: the data, the pipeline, or a setting.
+    """
+    examples = None if args.train_data_dir is None else image_folder(args.train_data_dir)
     settings = DistillSettings(
         seed=args.seed,
         train_batch_size=args.train_batch_size,
@@ -269,19 +268,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finetune=StageSettings(args.max_train_steps, args.learning_rate, "cosine", 10),
     )
     config = AdapterConfig(min_tokens=args.min_tokens, include=None if args.include is None else tuple(args.include))
+    pipeline = load_frozen(args.pretrained_model_name_or_path)
+    if examples is None:
+        captions = sample_captions(args.num_scenes, args.seed + 2, held_out=False)
+        render_folder(captions, temporary / "scenes", args.resolution, args.seed + 2)
+        examples = image_folder(temporary / "scenes")
+    caching = CacheSettings(((args.resolution, args.resolution),), batch_size=32)
+    cache = build_cache(pipeline, resolve_model(pipeline), examples, args.cache_dir or temporary / "cache", caching)
+    return Budget(pipeline, config, settings, cache.split(max(1, min(256, len(cache) // 10))))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the ablation; 0 done, 2 wrong input."""
+    args = parse_args(arguments)
+    chosen = [v for v in VARIANTS if args.variants is None or any(part in v.name for part in args.variants)]
+    if not chosen:
+        print(f"error: --variants matches none of: {'; '.join(v.name for v in VARIANTS)}", file=sys.stderr)
+        return 2
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        pictures = args.train_data_dir
-        if pictures is None:
-            pictures = Path(temporary) / "scenes"
-            render_scenes(pictures, args.num_scenes, args.resolution, args.seed + 2)
-        caching = CacheSettings(((args.resolution, args.resolution),), batch_size=32)
-        folder = args.cache_dir or Path(temporary) / "cache"
-        cache = build_cache(pipeline, resolve_model(pipeline), image_folder(pictures), folder, caching)
-        data = cache.split(max(1, min(256, len(cache) // 10)))
+        try:
+            budget = prepare(args, Path(temporary))
+        except (OSError, ValueError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
         raw: Gap | None = None
         for variant in chosen:
-            gaps, size, seconds = run_variant(variant, pipeline, config, settings, data)
+            gaps, size, seconds = run_variant(variant, budget)
             raw = raw or gaps["raw"]
             closed = {stage: gap.closed(raw) for stage, gap in gaps.items()}
             results.append(

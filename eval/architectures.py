@@ -130,26 +130,36 @@ def build_model(name: str, device: torch.device, dtype: torch.dtype) -> torch.nn
     Raises:
         InputError: unknown name, or its weights alone do not fit in memory.
     """
-    if name not in ARCHITECTURES:
-        raise InputError(f"--arch {name}: unknown; choose one of {', '.join(ARCHITECTURES)}")
-    import diffusers
-
-    architecture = ARCHITECTURES[name]
-    model_class = getattr(diffusers, architecture.model)
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in model_class(**architecture.config).parameters())
+    size = sum(parameter.numel() for parameter in build_meta_model(name, dtype).parameters())
     needed, free = size * dtype.itemsize, free_memory(device)
     if free is not None and needed > free:
         raise InputError(
             f"--arch {name}: its weights need {needed / 2**30:.1f} GiB in {dtype}, {free / 2**30:.1f} GiB are free on "
             f"{device}; use a smaller --dtype or another --device"
         )
+    return _build(ARCHITECTURES[name], device, dtype)
+
+
+def build_meta_model(name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The named architecture on the meta device: shapes and dtypes, no memory.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if name not in ARCHITECTURES:
+        raise InputError(f"--arch {name}: unknown; choose one of {', '.join(ARCHITECTURES)}")
+    return _build(ARCHITECTURES[name], torch.device("meta"), dtype)
+
+
+def _build(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    import diffusers
+
     previous = torch.get_default_dtype()
     # Built in the target dtype and place, so that no second copy is ever held.
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model: torch.nn.Module = model_class(**architecture.config)
+            model: torch.nn.Module = getattr(diffusers, architecture.model)(**architecture.config)
     finally:
         torch.set_default_dtype(previous)
     return model.eval().requires_grad_(False)
@@ -166,6 +176,17 @@ def free_memory(device: torch.device) -> int | None:
     return int(psutil.virtual_memory().available)
 
 
+def check_size(model: Any, height: int, width: int, compression: int = 8) -> None:
+    """Raises InputError where no inputs are known for this class of model, or the size does not fit it."""
+    name = type(model).__name__
+    if name not in _BUILDERS:
+        raise InputError(f"{name}: its speed cannot be measured, inputs are known for {', '.join(_BUILDERS)} only")
+    patches = 2 ** (len(model.config.block_out_channels) - 1) if name == "UNet2DConditionModel" else 2
+    multiple = compression * patches
+    if height % multiple or width % multiple:
+        raise InputError(f"{width}x{height}: measuring the speed of {name} needs multiples of {multiple} pixels")
+
+
 def make_inputs(model: Any, height: int, width: int, batch: int, seed: int, compression: int = 8) -> Inputs:
     """Random keyword inputs of one forward pass for a picture of height x width pixels.
 
@@ -174,23 +195,16 @@ def make_inputs(model: Any, height: int, width: int, batch: int, seed: int, comp
         compression: pixels per latent, along one side.
 
     Raises:
-        InputError: no inputs are known for this class, or the size does not fit it.
+        InputError: see `check_size`.
     """
-    name = type(model).__name__
-    builder = _BUILDERS.get(name)
-    if builder is None:
-        raise InputError(f"{name}: throughput knows inputs for {', '.join(_BUILDERS)} only")
-    patches = 2 ** (len(model.config.block_out_channels) - 1) if name == "UNet2DConditionModel" else 2
-    multiple = compression * patches
-    if height % multiple or width % multiple:
-        raise InputError(f"{width}x{height}: {name} needs multiples of {multiple} pixels")
+    check_size(model, height, width, compression)
     parameter = next(model.parameters())
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(parameter.device, parameter.dtype)
 
-    return builder(model, random, height // compression, width // compression, batch)
+    return _BUILDERS[type(model).__name__](model, random, height // compression, width // compression, batch)
 
 
 _Random = Callable[..., torch.Tensor]

@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if len(options.model_rounds) != len(options.sizes):
-        parser.error(f"--model_rounds needs {len(options.sizes)} numbers, one for each of --sizes")
+        parser.error(f"--model_rounds: one number for each of --sizes, {len(options.sizes)} in all")
     return options
 
 

@@ -19,11 +19,13 @@ import torch
 from tqdm.auto import tqdm
 
 from flatten_diffusion import AdapterConfig, linearize, restore
+from flatten_diffusion.ops.crossover import device_name
 
 from . import bench_operator
 from .architectures import ARCHITECTURES, build_model, make_inputs
 from .files import write_json
 from .floor import attention_free
+from .timing import rotated, seconds_of
 from .versions import environment
 
 Variants = Mapping[str, tuple[Callable[[], object], Callable[[], AbstractContextManager[Any]]]]
@@ -46,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("rounds", "warmup"):
         counts = getattr(options, name)
         if len(counts) not in (1, len(options.sizes)):
-            parser.error(f"--{name} needs one number, or {len(options.sizes)}, one for each of --sizes")
+            parser.error(f"--{name}: one number for all sizes, or one for each, {len(options.sizes)} in all")
         setattr(options, name, counts * len(options.sizes) if len(counts) == 1 else counts)
     return options
 
@@ -56,13 +58,11 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round, in an order that rotates from round to round."""
     times: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
     for number in tqdm(range(warmup + rounds), desc=label, unit="round", leave=False, disable=None):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in rotated(list(variants), number):
             run, around = variants[name]
             with around(), torch.inference_mode():
-                elapsed = bench_operator.seconds(run, device)
+                elapsed = seconds_of(run, device)
             if number >= warmup:
                 times[name].append(elapsed)
     return times
@@ -126,7 +126,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def header(module: str, given: list[str], device: torch.device) -> dict[str, Any]:
     """How a result was made: command, versions, hardware, date and the load the machine had before."""
-    extra = {"cpu": bench_operator.device_name(torch.device("cpu")), "load_before": list(os.getloadavg())}
+    extra = {"cpu": device_name(torch.device("cpu")), "load_before": list(os.getloadavg())}
     return {"command": " ".join([f"python -m {module}", *given]), "environment": environment(device) | extra}
 
 

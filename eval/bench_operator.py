@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
-import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatten_diffusion.ops import available_backends, focused_linear_attention
 from flatten_diffusion.ops.crossover import device_name
+
+from .files import write_json
+from .timing import seconds_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COPY_BYTES = 128 * 2**20
@@ -153,19 +154,6 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start_event.record()
-    function()
-    end_event.record()
-    end_event.synchronize()
-    return start_event.elapsed_time(end_event) / 1e3
-
-
 def measure(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
     """Median seconds of every variant that runs, and the reason for each that does not."""
     device = torch.device(options.device)
@@ -186,7 +174,7 @@ def measure(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in runnable}
     for _ in range(options.rounds):
         for name, function in runnable.items():
-            times[name].append(seconds(function, device))
+            times[name].append(seconds_of(function, device))
     medians = {name: statistics.median(values) for name, values in times.items()}
     bandwidth = 2 * COPY_BYTES / medians.pop("copy")
     moved = 4 * options.batch * tokens * options.heads * options.head_dim * DTYPES[options.dtype].itemsize
@@ -239,9 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [measure(options, tokens) for tokens in options.tokens]
     print(table(rows))
     if options.json:
-        partial = options.json.with_name(options.json.name + ".partial")
-        partial.write_text(json.dumps({"header": about, "results": rows}, indent=2) + "\n")
-        partial.replace(options.json)
+        write_json(options.json, {"header": about, "results": rows})
 
 
 if __name__ == "__main__":

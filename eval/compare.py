@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .alignment import mean_fact_accuracy
+from .architectures import check_size
 from .errors import InputError
 from .features import Extractor, TransformerExtractor
 from .generate import GenerationSettings, Job, check_settings, generate
 from .paired import Pair, load_lpips, measure_pairs, summarise
-from .pipelines import SCENES, apply_adapter, denoiser
+from .pipelines import PIPELINES, apply_adapter, denoiser
 from .processes import Processes
 from .quality import QualityOptions, Source, check_sources, evaluate_quality, open_source
 from .throughput import ThroughputOptions, measure_model
@@ -70,17 +71,15 @@ def compare(
         raise InputError("compare needs --adapter: it sets the original beside the converted pipeline")
     prompts = [job.prompt for job in jobs if job.prompt is not None] or None
     check_settings(pipeline, settings, prompts)
+    for height, width in sizes:
+        check_size(denoiser(pipeline), height, width, speed.compression)
     if real is not None:
         check_sources([real], replace(quality, metrics=()), extractor)
-    generate(
-        pipeline,
-        replace(settings, adapter=None, adapter_sha256=None),
-        jobs,
-        output / ORIGINAL,
-        processes,
-        batch_size,
-    )
+    # Before the originals, so that a wrong adapter costs no drawing; disabled, it changes no bit of them.
     adapter = apply_adapter(pipeline, settings.adapter, offline)
+    unconverted = replace(settings, adapter=None, adapter_sha256=None)
+    with adapter.disabled():
+        generate(pipeline, unconverted, jobs, output / ORIGINAL, processes, batch_size)
     generate(pipeline, settings, jobs, output / CONVERTED, processes, batch_size)
     measured = None
     if extractor is not None:
@@ -94,7 +93,7 @@ def compare(
     pairs = measure_pairs(output / ORIGINAL, output / CONVERTED, lpips)
     rows = measure_model(denoiser(pipeline), sizes, processes.device, speed, adapter=adapter) if sizes else []
     facts = None
-    if settings.pipeline == SCENES:
+    if settings.pipeline in PIPELINES:
         facts = {name: mean_fact_accuracy(output / name) for name in (ORIGINAL, CONVERTED)}
     return Comparison(
         settings=dict(vars(settings)),

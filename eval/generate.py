@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from .processes import Processes
 logger = logging.get_logger(__name__)
 SETTINGS_FILE = "generation.json"
 PNG_KEY = "flatten_eval"
+# Pixels; whatever a pipeline asks sides to be divisible by divides it.
+_ROUND = 256
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,46 @@ def check_settings(pipeline: Any, settings: GenerationSettings, prompts: Sequenc
     if "prompt" not in accepted and "class_labels" in accepted:
         for prompt in prompts or ():
             class_label(pipeline, prompt)
+    if settings.height is not None and settings.width is not None:
+        _check_size(pipeline, settings.height, settings.width)
+
+
+def _check_size(pipeline: Any, height: int, width: int) -> None:
+    """Raises InputError for a size that the pipeline refuses, or would draw smaller than asked."""
+    name = type(pipeline).__name__
+    refusal = _own_refusal(pipeline, height, width)
+    if refusal is not None:
+        raise InputError(f"{name} refuses {width}x{height} ({refusal}); choose another --size")
+    factor = getattr(pipeline, "vae_scale_factor", None)
+    if not isinstance(factor, int):
+        return
+    # Flux and its kin fold 2 x 2 latents into a token, and cut what is left over.
+    multiple = factor * 2 if hasattr(pipeline, "_pack_latents") else factor
+    if height % multiple or width % multiple:
+        raise InputError(f"{name} needs multiples of {multiple} pixels, not {width}x{height}; choose another --size")
+
+
+def _own_refusal(pipeline: Any, height: int, width: int) -> str | None:
+    """What the pipeline's own check of its inputs says against this size, and not against a rounder one."""
+    check = getattr(pipeline, "check_inputs", None)
+    if check is None:
+        return None
+    parameters = inspect.signature(check).parameters
+    if not {"height", "width"} <= parameters.keys():
+        return None
+    required = {name: None for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    known = {name: value for name, value in (("prompt", ""), ("callback_steps", 1)) if name in parameters}
+
+    def refusal(height: int, width: int) -> str | None:
+        try:
+            check(**(required | known | {"height": height, "width": width}))
+        except Exception as error:
+            return " ".join(str(error).split())
+        return None
+
+    found = refusal(height, width)
+    rounder = refusal(*(-(-side // _ROUND) * _ROUND for side in (height, width)))
+    return found if found is not None and rounder is None else None
 
 
 def class_label(pipeline: Any, text: str) -> int:

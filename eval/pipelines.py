@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from flatten_diffusion.scenes.pipeline import PIPELINES, load_embedded
+
 from .errors import InputError
 from .files import sha256_of
 
-SCENES = "scenes"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -27,17 +28,15 @@ def load_pipeline(
     """Loads a diffusers pipeline onto the device, its progress bar off.
 
     Args:
-        source: hub id, local folder, or `scenes` for the pipeline embedded in this package.
+        source: hub id, local folder, or `scenes` or `scenes-sd3` for the pipelines embedded in this package.
         dtype: a key of DTYPES.
 
     Raises:
         InputError: not found, not a pipeline, or not loadable.
     """
-    if source == SCENES:
-        from flatten_diffusion.scenes import load_scenes_pipeline
-
+    if source in PIPELINES:
         try:
-            pipeline: Any = load_scenes_pipeline(torch_dtype=DTYPES[dtype])
+            pipeline: Any = load_embedded(source, DTYPES[dtype])
         except (OSError, ValueError) as error:
             raise InputError(f"{source}: {_first_line(error)}") from error
     else:

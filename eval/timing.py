@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
@@ -71,13 +71,10 @@ def measure(
     for number in tqdm(range(rounds), desc=label, unit="round", leave=False, disable=None):
         if number and time.perf_counter() - started > seconds:
             break
-        names = list(samples)
-        # A rotating order, so that no callable always follows the same one.
-        shift = number % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
+        for name in rotated(list(samples), number):
             try:
                 with candidates[name].around():
-                    samples[name].append(_time(candidates[name].call, device))
+                    samples[name].append(seconds_of(candidates[name].call, device))
             except Exception as error:
                 failures[name] = describe_failure(error)
                 del samples[name]
@@ -91,6 +88,12 @@ def measure(
     return results
 
 
+def rotated(names: list[str], number: int) -> list[str]:
+    """The order of round `number`: no callable always follows the same one."""
+    shift = number % max(1, len(names))
+    return names[shift:] + names[:shift]
+
+
 def _summary(samples: list[float], peak: int | None) -> Measurement:
     if len(samples) == 1:
         return Measurement(samples[0], samples[0], samples[0], 1, peak)
@@ -98,7 +101,8 @@ def _summary(samples: list[float], peak: int | None) -> Measurement:
     return Measurement(statistics.median(samples), deciles[0], deciles[-1], len(samples), peak)
 
 
-def _time(run: Callable[[], object], device: torch.device) -> float:
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """One call, timed by the device itself on CUDA."""
     if device.type == "cuda":
         start: Any = torch.cuda.Event(enable_timing=True)
         end: Any = torch.cuda.Event(enable_timing=True)
@@ -123,12 +127,13 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    reset = device.type == "cpu" and _reset_peak_resident()
+    reset = device.type == "cpu" and reset_peak_resident()
     run()
-    return _peak_resident() if reset else None
+    return resident("VmHWM") if reset else None
 
 
-def _reset_peak_resident() -> bool:
+def reset_peak_resident() -> bool:
+    """Forgets the high-water mark of this process's resident memory; False where the system cannot (not Linux)."""
     try:
         # 5 clears the high-water mark of resident memory (proc_pid_clear_refs(5)).
         Path("/proc/self/clear_refs").write_text("5")
@@ -137,9 +142,10 @@ def _reset_peak_resident() -> bool:
     return True
 
 
-def _peak_resident() -> int | None:
+def resident(field: Literal["VmRSS", "VmHWM"]) -> int | None:
+    """Bytes of resident memory of this process, now (VmRSS) or at its peak (VmHWM)."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return None
 

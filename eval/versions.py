@@ -8,6 +8,8 @@ from datetime import datetime, timezone
 
 import torch
 
+from flatten_diffusion.ops.crossover import device_name
+
 _PACKAGES = ("flatten-diffusion", "torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
 
 
@@ -24,11 +26,10 @@ def package_versions() -> dict[str, str]:
 
 def environment(device: torch.device) -> dict[str, object]:
     """Versions, device name, thread count and the time, in UTC."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "versions": package_versions(),
         "device": str(device),
-        "device_name": name,
+        "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

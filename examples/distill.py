@@ -52,6 +52,8 @@ from flatten_diffusion.distill.buckets import check_sizes, make_buckets, parse_s
 from flatten_diffusion.distill.checkpoint import list_checkpoints
 from flatten_diffusion.distill.conditioning import family_of
 from flatten_diffusion.distill.latents import pixels_per_token_step
+from flatten_diffusion.mixers import list_joints
+from flatten_diffusion.scenes.pipeline import PIPELINES, load_embedded
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -59,12 +61,13 @@ logger = get_logger(__name__, log_level="INFO")
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", required=True, help="folder or Hub id; 'scenes': embedded")
+    model.add_argument("--pretrained_model_name_or_path", required=True, help="folder, Hub id, scenes or scenes-sd3")
     model.add_argument("--revision", default=None)
     model.add_argument("--variant", default=None)
     model.add_argument("--mixer", default="focused_linear", choices=list_mixers())
     model.add_argument("--kernel_size", type=int, default=5, help="of the depthwise convolution; 0 for none")
     model.add_argument("--focusing_factor", type=float, default=3.0, help="before calibration chooses")
+    model.add_argument("--joint", default=AdapterConfig.joint, choices=list_joints(), help="how picture and text share")
     model.add_argument("--min_tokens", type=int, default=0, help="calls with fewer tokens stay softmax")
     model.add_argument("--include", nargs="*", default=None, help="patterns of the attention layers to convert")
     model.add_argument("--exclude", nargs="*", default=(), help="patterns of layers to leave alone")
@@ -79,6 +82,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--caption_column", default="text")
     data.add_argument("--max_train_samples", type=int, default=None)
     data.add_argument("--num_eval_samples", type=int, default=None, help="held out; default: a tenth, at most 256")
+    data.add_argument(
+        "--evaluation_batches", type=int, default=8, help="per process, of held-out samples with fresh noise: the gap's"
+    )
     data.add_argument("--cache_dir", type=Path, default=None, help="of latents; default: output_dir/cache")
     data.add_argument("--resolution", type=int, default=512, help="side in pixels of the square bucket")
     data.add_argument("--buckets", default=None, help="'auto' for aspect ratios up to 2, or 512x512,384x640 (h x w)")
@@ -163,6 +169,7 @@ def settings_of(args: argparse.Namespace) -> DistillSettings:
         projections=tuple(name for name in args.projections.split(",") if name),
         rank=args.rank or None,
         calibration=CalibrationSettings(),
+        evaluation_batches=args.evaluation_batches,
         calibration_batches=args.calibration_batches,
         transfer=StageSettings(args.transfer_steps, args.transfer_learning_rate, *schedule),
         finetune=StageSettings(args.max_train_steps, args.learning_rate, *schedule),
@@ -180,10 +187,8 @@ def settings_of(args: argparse.Namespace) -> DistillSettings:
 
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> Any:
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    if args.pretrained_model_name_or_path == "scenes":
-        from flatten_diffusion.scenes import load_scenes_pipeline
-
-        pipeline: Any = load_scenes_pipeline(torch_dtype=dtype)
+    if args.pretrained_model_name_or_path in PIPELINES:
+        pipeline: Any = load_embedded(args.pretrained_model_name_or_path, dtype)
     else:
         pipeline = DiffusionPipeline.from_pretrained(
             args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, torch_dtype=dtype
@@ -369,6 +374,7 @@ def main(arguments: list[str] | None = None) -> None:
             mixer=args.mixer,
             focusing_factor=args.focusing_factor,
             kernel_size=args.kernel_size,
+            joint=args.joint,
             min_tokens=args.min_tokens,
             include=None if args.include is None else tuple(args.include),
             exclude=tuple(args.exclude),

@@ -27,6 +27,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 from flatten_diffusion import linearize, load_adapter
+from flatten_diffusion.ops.crossover import device_name
 from flatten_diffusion.scenes import load_scenes_pipeline
 from flatten_diffusion.scenes.pipeline import ADAPTER_DIR
 
@@ -130,14 +131,6 @@ def draw_all(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> list[Im
     ).images
 
 
-def _processor_name() -> str:
-    """The CPU's model name where Linux tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def two_rows(above: list[Image.Image], below: list[Image.Image], labels: tuple[str, str]) -> Image.Image:
     side, margin, label = 256, 8, 26
     sheet = Image.new("RGB", (len(above) * (side + margin) + margin, 2 * (side + label) + margin), "white")
@@ -186,7 +179,7 @@ def main() -> None:
                         seconds[name].append(timed(step, device))
         rows.append((side, {name: statistics.median(values) for name, values in seconds.items()}, memory))
 
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"\ntorch {torch.__version__}, {platform.machine()}, {where}; medians of {args.repeats} steps taken in turn")
     print(f"{'size':>11} {'tokens':>7} | {'seconds per step':^21} | {'':>6} | {'extra memory, MiB':^21}")
     print(f"{'':>11} {'':>7} | {'original':>10} {'converted':>10} | {'ratio':>6} | {'original':>10} {'converted':>10}")
@@ -211,7 +204,7 @@ def main() -> None:
             "rows": table,
             "versions": versions,
             "hardware": where,
-            "processor": _processor_name(),
+            "processor": device_name(torch.device("cpu")),
             "date": date.today().isoformat(),
         }
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,12 +1,16 @@
-"""Train the embedded scenes pipeline from nothing: its autoencoder, and its text encoder and UNet.
+"""Train an embedded scenes pipeline: its autoencoder, and its text encoders and denoiser.
 
     accelerate launch examples/train_scenes.py --output_dir out/scenes --mixed_precision bf16
+
+--architecture unet is a Stable Diffusion, sd3 a Stable Diffusion 3 without T5. --initial_pipeline starts from the
+weights of another one that fit: the text encoders and autoencoder of either architecture, the denoiser of the same one
+at half the size (see --position_spacing), which is where a transformer learns four times as fast.
 
 Killed at any moment, the same command goes on from the newest checkpoint. Two CPU cores need about an hour and a half
 at --resolution 128 (fastest as two processes of one thread each); with a CUDA GPU use --resolution 512. The pictures
 are drawn by flatten_diffusion.scenes; captions that `is_held_out` are never trained on. The latents are those of
 `picture_latents`, so either stage can be trained first. output_dir/pipeline is the trained pipeline,
-output_dir/export the same in float16, as it ships in flatten_diffusion/scenes/weights.
+output_dir/export the same in float16, as it ships in flatten_diffusion/scenes/weights and weights_sd3.
 """
 
 from __future__ import annotations
@@ -27,17 +31,20 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, ModelMixin, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from flatten_diffusion.scenes.build import build_pipeline, export_pipeline
+from flatten_diffusion.distill.diffusion import Diffusion
+from flatten_diffusion.scenes.build import ARCHITECTURES, build_pipeline, export_pipeline
 from flatten_diffusion.scenes.check import fact_accuracy
+from flatten_diffusion.scenes.denoiser import JointDenoiser, UNetDenoiser, denoiser_of
 from flatten_diffusion.scenes.grammar import sample_captions
 from flatten_diffusion.scenes.latents import picture_latents
 from flatten_diffusion.scenes.render import render
+from flatten_diffusion.scenes.warm_start import start_from
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -46,6 +53,16 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("scenes-model"))
     parser.add_argument("--stages", default="vae,denoiser", help="comma-separated; see the functions train_*")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="unet")
+    parser.add_argument(
+        "--initial_pipeline",
+        type=Path,
+        default=None,
+        help="folder of a pipeline: its weights that fit are started from",
+    )
+    parser.add_argument(
+        "--position_spacing", type=float, default=1.0, help="sd3: between neighbouring tokens; 2 at half the final size"
+    )
     parser.add_argument("--resolution", type=int, default=128, help="native picture side in pixels")
     parser.add_argument("--num_scenes", type=int, default=32_000, help="rendered scenes whose latents are cached")
     parser.add_argument("--seed", type=int, default=0)
@@ -77,6 +94,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--vae_crop {args.vae_crop} must be a multiple of 8, at most --resolution")
     if args.resolution % 32:
         parser.error(f"--resolution {args.resolution} must be a multiple of 32")
+    if args.initial_pipeline is not None and not (args.initial_pipeline / "model_index.json").is_file():
+        parser.error(f"--initial_pipeline {args.initial_pipeline}: no pipeline there (no model_index.json)")
     return args
 
 
@@ -155,7 +174,7 @@ class Checkpoints:
             self.accelerator.load_state(str(existing[-1]))
 
 
-def _write_atomically(model: StableDiffusionPipeline | ModelMixin, folder: Path) -> None:
+def _write_atomically(model: DiffusionPipeline | ModelMixin, folder: Path) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, safe_serialization=True)
@@ -254,23 +273,13 @@ def cached_latents(args: argparse.Namespace, accelerator: Accelerator) -> tuple[
     return latents, captions
 
 
-class Denoiser(torch.nn.Module):
-    """The text encoder and the UNet as one module: what the second stage trains."""
-
-    def __init__(self, pipeline: StableDiffusionPipeline) -> None:
-        super().__init__()
-        self.text_encoder, self.unet = pipeline.text_encoder, pipeline.unet
-
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return self.unet(noisy, timesteps, encoder_hidden_states=self.text_encoder(tokens)[0]).sample
-
-
-def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, pipeline: StableDiffusionPipeline) -> None:
-    """v-prediction on cached latents with dropped captions and an EMA; writes output_dir/pipeline."""
+def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, pipeline: DiffusionPipeline) -> None:
+    """What the scheduler has a model predict, on cached latents with dropped captions and an EMA; writes
+    output_dir/pipeline."""
     latents, captions = cached_latents(args, accelerator)
     tokens = _tokenize(pipeline, captions)
     empty = _tokenize(pipeline, [""])[0]
-    denoiser = Denoiser(pipeline)
+    denoiser = denoiser_of(pipeline)
     optimizer = torch.optim.AdamW(
         denoiser.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
@@ -279,12 +288,12 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, pipeline:
     ema.to(accelerator.device)
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph compiles in minutes, DDP's buckets in many more
-        pipeline.unet.compile()
+        denoiser.denoiser.compile()
     progress = Progress(args.max_train_steps, args.max_train_seconds)
     accelerator.register_for_checkpointing(progress, ema)
     checkpoints = Checkpoints(accelerator, args.output_dir / "denoiser-checkpoints", args.checkpoints_total_limit)
     checkpoints.resume()
-    scheduler = pipeline.scheduler
+    diffusion = Diffusion(pipeline.scheduler)
     draws = (args.output_dir / "vae").is_dir()
     if not draws:
         logger.info("the autoencoder is not trained yet: no validation pictures")
@@ -297,12 +306,9 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, pipeline:
         prompt = tokens[chosen].clone()
         prompt[torch.rand(len(chosen)) < args.caption_dropout] = empty
         noise = torch.randn_like(clean)
-        # Stratified over the batch: the loss is less noisy than with independent draws.
-        strata = (torch.arange(len(chosen)) + torch.rand(len(chosen))) / len(chosen)
-        # The power leans towards high noise, where it is decided what stands where; fine detail is learned sooner.
-        timesteps = (strata**0.6 * scheduler.config.num_train_timesteps).long().to(accelerator.device)
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        target = scheduler.get_velocity(clean, noise, timesteps)
+        timesteps = draw_timesteps(diffusion, len(chosen)).to(accelerator.device)
+        noisy = diffusion.add_noise(clean, noise, timesteps)
+        target = diffusion.target(clean, noise, timesteps)
         for group in optimizer.param_groups:
             group["lr"] = progress.learning_rate(args.learning_rate, args.lr_warmup_steps)
         with accelerator.autocast():
@@ -332,14 +338,26 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, pipeline:
     accelerator.wait_for_everyone()
 
 
-def _tokenize(pipeline: StableDiffusionPipeline, captions: list[str]) -> torch.Tensor:
+def draw_timesteps(diffusion: Diffusion, count: int) -> torch.Tensor:
+    """[count] timesteps, stratified over the batch: the loss is less noisy than with independent draws."""
+    strata = (torch.arange(count) + torch.rand(count)) / count
+    # The power leans towards high noise, where it is decided what stands where; fine detail is learned sooner.
+    timesteps = strata**0.6 * diffusion.steps
+    return timesteps if diffusion.prediction == "flow" else timesteps.long()
+
+
+def _tokenize(pipeline: DiffusionPipeline, captions: list[str]) -> torch.Tensor:
     length = pipeline.tokenizer.model_max_length
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     return pipeline.tokenizer(captions, **options).input_ids
 
 
 def _validate(
-    args: argparse.Namespace, pipeline: StableDiffusionPipeline, ema: EMAModel, denoiser: Denoiser, step: int
+    args: argparse.Namespace,
+    pipeline: DiffusionPipeline,
+    ema: EMAModel,
+    denoiser: UNetDenoiser | JointDenoiser,
+    step: int,
 ) -> None:
     """Draw unseen captions with the averaged weights: a grid in output_dir/samples, and their fact accuracy."""
     ema.store(denoiser.parameters())
@@ -372,8 +390,13 @@ def main() -> None:
     if args.report_to:
         accelerator.init_trackers("train_scenes")
     stages = args.stages.split(",")
-    pipeline = build_pipeline(args.resolution, args.seed)
+    pipeline = build_pipeline(args.resolution, args.seed, args.architecture, args.position_spacing)
     trained_vae, trained_pipeline = args.output_dir / "vae", args.output_dir / "pipeline"
+    if args.initial_pipeline is not None:
+        start_from(pipeline, args.initial_pipeline)
+        if "vae" not in stages and not trained_vae.is_dir() and accelerator.is_main_process:
+            _write_atomically(pipeline.vae, trained_vae)
+        accelerator.wait_for_everyone()
     if "vae" in stages and not (trained_vae / "config.json").exists():
         train_vae(args, accelerator, pipeline.vae)
         accelerator.free_memory()
@@ -383,9 +406,9 @@ def main() -> None:
     if "denoiser" in stages and not (trained_pipeline / "model_index.json").exists():
         train_denoiser(args, accelerator, pipeline)
     if accelerator.is_main_process and trained_vae.is_dir() and trained_pipeline.is_dir():
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            trained_pipeline, vae=AutoencoderKL.from_pretrained(trained_vae)
-        )
+        absent = {name: None for name, part in pipeline.components.items() if part is None}  # T5 is asked for otherwise
+        vae = AutoencoderKL.from_pretrained(trained_vae)
+        pipeline = type(pipeline).from_pretrained(trained_pipeline, vae=vae, **absent)
         _write_atomically(pipeline, trained_pipeline)
         export_pipeline(pipeline, args.output_dir / "export")
     accelerator.end_training()

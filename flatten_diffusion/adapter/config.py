@@ -37,6 +37,8 @@ class AdapterConfig:
         joint: how layers over picture and text together share a picture query's attention between the two, one of
             `flatten_diffusion.mixers.list_joints()`: "shared_normalizer" (in proportion to the softmax's own
             partition, which is estimated for the picture) or "gated_branches" (one learned share per head).
+        feature_maps: attention paths of the layers whose queries and keys learn a map behind norms and rotary
+            embeddings, inside the mixer (calibration chooses them).
 
     Raises:
         ValueError: a value out of range, or an unknown mixer.
@@ -52,6 +54,7 @@ class AdapterConfig:
     deltas: tuple[str, ...] = ()
     delta_rank: int | None = None
     joint: str = "shared_normalizer"
+    feature_maps: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mixer not in list_mixers():
@@ -73,7 +76,7 @@ class AdapterConfig:
             raise ValueError(f"kernel_size is {self.kernel_size!r}: pass an odd number, or 0 for no convolution.")
         if self.min_tokens != "auto" and not _is_count(self.min_tokens):
             raise ValueError(f"min_tokens is {self.min_tokens!r}: pass a whole number, 0 or more, or 'auto'.")
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "feature_maps"):
             patterns = getattr(self, name)
             if patterns is None and name == "include":
                 continue

@@ -179,7 +179,8 @@ def build_mixers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, 
         dtype = weight.dtype if weight.dtype in _FLOATS else _compute_dtype(attn)
         power = config.focusing_factors.get(finding.name, config.focusing_factor)
         joint = None if finding.place == "alone" else config.joint
-        spec = MixerSpec(attn.heads, attn.inner_dim // attn.heads, power, config.kernel_size, joint)
+        mapped = finding.name in config.feature_maps
+        spec = MixerSpec(attn.heads, attn.inner_dim // attn.heads, power, config.kernel_size, joint, mapped)
         mixer = create_mixer(config.mixer, spec, device=weight.device, dtype=dtype)
         add_deltas(attn, mixer, config)
         mixers[finding.name] = mixer

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..mixers import Grid, Mixer, count_tokens
+from ..mixers import FocusedLinearAttention, Grid, Mixer, count_tokens
 from ..models import (
     AUTO,
     LAYER,
@@ -115,6 +115,24 @@ class Adapter:
         self.config = replace(self.config, deltas=(*self.config.deltas, *names), delta_rank=rank)
         for _, attn in self.attention_modules():
             add_deltas(attn, getattr(attn, MIXER), self.config)
+
+    def add_feature_maps(self, layers: Iterable[str]) -> None:
+        """Let queries and keys of `layers` (attention paths) learn a map inside the mixer, see
+        `flatten_diffusion.mixers.FeatureMap`.
+
+        New ones change nothing yet; those already there are kept. The config says so from then on.
+
+        Raises:
+            ValueError: a layer that is not converted, or whose mixer has no such maps.
+        """
+        wanted, mixers = list(layers), dict(self.mixers())
+        for name in wanted:
+            mixer = mixers.get(name)
+            if not isinstance(mixer, FocusedLinearAttention):
+                raise ValueError(f"{name}: no layer converted to focused linear attention, so it has no feature maps.")
+            mixer.add_feature_maps()
+        kept = [name for name in self.config.feature_maps if name not in wanted]
+        self.config = replace(self.config, feature_maps=(*kept, *wanted))
 
     def set_focusing_factor(self, layer: str, focusing_factor: float) -> None:
         """Give one converted layer its own power; the config says so from then on. Raises ValueError when not > 0."""

@@ -3,6 +3,7 @@
 from .batches import NoisyBatch, NoisyBatches
 from .cache import CacheSettings, LatentCache, build_cache
 from .calibrate import CalibrationSettings, LayerFit, calibrate
+from .choose import LayerChoice
 from .diffusion import Diffusion
 from .distiller import STAGES, Distiller, DistillSettings, Progress, StageSettings
 from .maps import MapChoice
@@ -22,6 +23,7 @@ __all__ = [
     "LatentCache",
     "LayerFit",
     "LossWeights",
+    "LayerChoice",
     "MapChoice",
     "NoisyBatch",
     "NoisyBatches",

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ class Distiller:
     def _calibrate(self) -> None:
         self._add_deltas(("out",))
         batches = self._batches(self.train, range(self.settings.calibration_batches), "calibrate")
-        runs = [lambda batch=batch: self._run_teacher(batch) for batch in batches]
+        runs = [partial(self._run, batch) for batch in batches]
         for fit in calibrate(self.adapter, runs, self.settings.calibration, self._sum):
             logger.info(f"{fit.name}: {fit.choice}; missing {fit.before:.1%} -> {fit.after:.1%}")
 
@@ -285,9 +286,7 @@ class Distiller:
 
     def _transfer_losses(self, batch: NoisyBatch) -> dict[str, torch.Tensor]:
         scale = 1 / self.settings.gradient_accumulation_steps
-        losses = transfer_step(
-            self.adapter, lambda: self._run_teacher(batch), lambda loss: self._backward(loss * scale)
-        )
+        losses = transfer_step(self.adapter, lambda: self._run(batch), lambda loss: self._backward(loss * scale))
         if not losses:
             raise ValueError("No layer of this model runs linear at this size: lower min_tokens or train larger.")
         return {"loss": torch.stack(list(losses.values())).mean()}
@@ -305,9 +304,9 @@ class Distiller:
         else:
             loss.backward()
 
-    def _run_teacher(self, batch: NoisyBatch) -> None:
+    def _run(self, batch: NoisyBatch) -> torch.Tensor:
         with self.accelerator.autocast():
-            self.objective.predict(batch.noisy, batch.timesteps, batch.conditioning)
+            return self.objective.predict(batch.noisy, batch.timesteps, batch.conditioning)
 
     # ---- parts ----
 
@@ -466,6 +465,7 @@ class Distiller:
         config = checkpoint.state["adapter_config"]
         if config["deltas"]:
             self.adapter.add_deltas(tuple(config["deltas"]), config["delta_rank"])
+        self.adapter.add_feature_maps(config.get("feature_maps", ()))
         for layer, power in config["focusing_factors"].items():
             self.adapter.set_focusing_factor(layer, power)
         self._float_parameters()
@@ -513,8 +513,10 @@ class Distiller:
     def _fingerprint(self) -> dict[str, Any]:
         settings = json.loads(json.dumps(asdict(self.settings)))
         del settings["stages"]  # more may be added to a run that is done
+        config = self.adapter.config
         return {
             **settings,
+            **{name: getattr(config, name) for name in ("mixer", "kernel_size", "joint", "min_tokens")},
             "layers": self.adapter.layers,
             "examples": [len(self.train), len(self.held_out)],
             "total batch size": self.settings.train_batch_size * self.accelerator.num_processes,

@@ -5,7 +5,9 @@ square so that the relu cuts less. "Paired": each head's query and key are turne
 to their product, and each of the first head_dim / 2 directions x enters as the pair (b + x, b - x): for a focusing
 factor of 1 and |x| < b, a pair's contribution to query . key is 2 b^2 + 2 x_q x_k, the first two terms of the softmax's
 exponential up to a factor, with no relu in the way. The directions are those of balanced truncation (Moore, IEEE TAC
-1981): both second moments become the same diagonal, so they are ordered by what they add to query . key.
+1981): both second moments become the same diagonal, so they are ordered by what they add to query . key. A rotation of
+them changes no product but spreads it evenly over the pairs, and with a focusing factor above 1 it matters which: a
+few are tried, drawn from fixed seeds.
 """
 
 from __future__ import annotations
@@ -19,22 +21,23 @@ import torch
 from ..adapter.convert import projection_of
 from ..mixers import ProjectionDelta
 from ..models import ReboundProcessor
+from .measure import in_full_precision
 from .record import MixerInputs
+
+Maps = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""(query matrix, query shift, key matrix, key shift), [H, D, D] and [H, D]: x becomes x @ matrix + shift."""
 
 
 @dataclass(frozen=True)
 class MapChoice:
-    """One candidate: the focusing factor, the exponent that shapes the scale, whether directions are paired, and the
-    shift of query and key in units of their root mean square."""
+    """One candidate: the focusing factor, the exponent that shapes the scale, whether directions are paired, the
+    shift of query and key in units of their root mean square, and which rotation of the paired directions (0: none)."""
 
     power: float
     scale_exponent: float = 0.0
     paired: bool = False
     shift: float = 0.0
-
-    def __str__(self) -> str:
-        kind = "paired directions" if self.paired else "inherited channels"
-        return f"{kind}, power {self.power:g}, scale exponent {self.scale_exponent:g}, shift {self.shift:g}"
+    rotation: int = 0
 
 
 class QueryKeyMoments:
@@ -45,6 +48,7 @@ class QueryKeyMoments:
         reduce: sum over processes.
     """
 
+    @in_full_precision
     def __init__(self, inputs: MixerInputs, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
         tokens = reduce(torch.tensor(float(inputs.query.shape[0] * inputs.query.shape[1]), dtype=torch.float64))
         self.query, self.key = (
@@ -60,8 +64,14 @@ class QueryKeyMoments:
         log = 0.5 * exponent * self.positive.clamp(min=1e-12).log()
         return (log - log.mean()).exp().float()
 
-    def linear_maps(self, choice: MapChoice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(query matrix, query shift, key matrix, key shift), [H, D, D] and [H, D]: x becomes x @ matrix + shift."""
+    def linear_maps(self, heads: Sequence[MapChoice]) -> Maps:
+        """The maps of a choice for each head."""
+        by_choice = {choice: self._maps(choice) for choice in set(heads)}
+        parts = [[part[head] for part in by_choice[choice]] for head, choice in enumerate(heads)]
+        query_matrix, query_shift, key_matrix, key_shift = (torch.stack(part) for part in zip(*parts, strict=True))
+        return query_matrix, query_shift, key_matrix, key_shift
+
+    def _maps(self, choice: MapChoice) -> Maps:
         if not choice.paired:
             identity = torch.eye(self.query.shape[-1]).expand(self.query.shape)
             roots = (x.diagonal(dim1=-2, dim2=-1).sqrt().float() for x in (self.query, self.key))
@@ -71,15 +81,17 @@ class QueryKeyMoments:
             self._directions = [_balance(q, k) for q, k in zip(self.query, self.key, strict=True)]
         query, key, spread = (torch.stack(parts).float() for parts in zip(*self._directions, strict=True))
         half, rest = self.query.shape[-1] // 2, self.query.shape[-1] % 2
+        if choice.rotation:
+            rotation = _rotation(half, choice.rotation)
+            query, key = (torch.cat([x[..., :half] @ rotation, x[..., half:]], dim=-1) for x in (query, key))
+            spread = (spread[:, :half].square() @ rotation.square()).sqrt()
         shift = choice.shift * spread[:, :half]
         shift = torch.cat([shift, shift, shift.new_zeros(len(shift), rest)], dim=-1)
         query, key = (torch.cat([x[..., :half], -x[..., :half], x[..., half : half + rest]], -1) for x in (query, key))
         return query, shift, key, shift
 
 
-def apply_maps(
-    inputs: MixerInputs, maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def apply_maps(inputs: MixerInputs, maps: Maps) -> tuple[torch.Tensor, torch.Tensor]:
     """Query and key [B, N, H, D] after the maps, in float32."""
     query_matrix, query_shift, key_matrix, key_shift = (part.to(inputs.query.device) for part in maps)
     query = torch.einsum("bnhd,hde->bnhe", inputs.query.float(), query_matrix) + query_shift
@@ -122,25 +134,39 @@ def candidates(
     scale_exponents: Sequence[float],
     shifts: Sequence[float],
     pair_shifts: Sequence[float],
+    rotations: int,
     *,
-    shiftable: bool,
     pairable: bool,
 ) -> list[MapChoice]:
-    """Every choice that the settings name and the layer allows; scale and shift are not combined."""
+    """Every choice that the settings name; scale and shift are not combined."""
     choices = [MapChoice(power, exponent) for power in powers for exponent in scale_exponents]
-    if shiftable:
-        choices += [MapChoice(power, shift=shift) for power in powers for shift in shifts]
+    choices += [MapChoice(power, shift=shift) for power in powers for shift in shifts]
     if pairable:
-        choices += [MapChoice(power, paired=True, shift=shift) for power in powers for shift in pair_shifts]
+        choices += [
+            MapChoice(power, paired=True, shift=shift, rotation=rotation)
+            for power in powers
+            for shift in pair_shifts
+            for rotation in range(rotations + 1)
+        ]
     return choices
+
+
+def _rotation(size: int, seed: int) -> torch.Tensor:
+    """[size, size], orthogonal, the same everywhere."""
+    return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed))).Q
 
 
 def _balance(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Matrices A, B [D, D] with A B^T = 1 that give query @ A and key @ B one diagonal second moment, and its root
     [D], falling."""
-    size = len(query)
-    eye = torch.eye(size, dtype=query.dtype)
-    query_root, key_root = (torch.linalg.cholesky(x + eye * (1e-6 * x.diagonal().mean() + 1e-12)) for x in (query, key))
+    query_root, key_root = (_root(x) for x in (query, key))
     left, values, right = torch.linalg.svd(key_root.T @ query_root)
     whiten = values.clamp(min=1e-12).rsqrt()
     return key_root @ left * whiten, query_root @ right.T * whiten, values.sqrt()
+
+
+def _root(moment: torch.Tensor) -> torch.Tensor:
+    """R [D, D] with R R^T = moment, whose directions without any spread get a little."""
+    values, vectors = torch.linalg.eigh(moment)
+    root: torch.Tensor = vectors * values.clamp(min=3e-3 * float(values.mean()) + 1e-12).sqrt()
+    return root

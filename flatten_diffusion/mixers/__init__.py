@@ -12,11 +12,12 @@ from .base import (
     register_mixer,
 )
 from .deltas import PROJECTIONS, ProjectionDelta
-from .focused import FocusedLinearAttention
+from .focused import FeatureMap, FocusedLinearAttention
 from .joint import JointAttention, list_joints
 
 __all__ = [
     "PROJECTIONS",
+    "FeatureMap",
     "FocusedLinearAttention",
     "Grid",
     "JointAttention",

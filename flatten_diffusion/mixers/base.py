@@ -41,7 +41,8 @@ class MixerSpec:
 
     `heads` and `head_dim` are the layer's own; `focusing_factor` is the power of the focused map; `kernel_size` the
     side of the depthwise convolution on the token grid, odd, 0 for none; `joint` how a layer whose sequence holds
-    other tokens too joins the two (see `list_joints`), None for layers over the picture alone.
+    other tokens too joins the two (see `list_joints`), None for layers over the picture alone; `feature_maps` whether
+    query and key pass learned maps inside the mixer, where their projections cannot carry them.
     """
 
     heads: int
@@ -49,6 +50,7 @@ class MixerSpec:
     focusing_factor: float = 3.0
     kernel_size: int = 5
     joint: str | None = None
+    feature_maps: bool = False
 
 
 class Mixer(nn.Module):

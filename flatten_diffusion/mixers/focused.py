@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -9,6 +11,24 @@ from torch import nn
 from ..ops import even_rows, focused_linear_attention, split_focused_linear_attention
 from ..ops.focused_linear.reference import depthwise_convolution
 from .base import Grid, Mixer, MixerSpec, pictures_of, register_mixer
+
+
+class FeatureMap(nn.Module):
+    """Adds an affine map of each head to queries or keys, behind norms and rotary embeddings.
+
+    Parameters: weight: [heads, head_dim, head_dim], and bias: [heads, head_dim], zeros, which change nothing.
+    """
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, head_dim, head_dim))
+        self.bias = nn.Parameter(torch.zeros(heads, head_dim))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, N, H, D] -> x + x @ weight + bias, in the input's dtype."""
+        eye = torch.eye(self.weight.shape[-1], device=self.weight.device, dtype=self.weight.dtype)
+        mapped = torch.einsum("bnhd,hde->bnhe", tokens, (eye + self.weight).to(tokens.dtype))
+        return mapped + self.bias.to(mapped.dtype)
 
 
 @register_mixer("focused_linear")
@@ -20,6 +40,7 @@ class FocusedLinearAttention(Mixer):
             exactly 1 at the start in every dtype.
         conv_weight: [head_dim, 1, K, K], zeros, and conv_bias: [head_dim], zeros: the depthwise convolution of the
             values on the token grid, one kernel shared by the heads. Absent when `spec.kernel_size` is 0.
+        query_map, key_map: see `FeatureMap`. Absent without `spec.feature_maps`.
 
     Source: Han et al., "FLatten Transformer: Vision Transformer using Focused Linear Attention", ICCV 2023, eq. 5-8.
     """
@@ -33,6 +54,24 @@ class FocusedLinearAttention(Mixer):
         if self.uses_grid:
             self.conv_weight = nn.Parameter(torch.zeros(spec.head_dim, 1, spec.kernel_size, spec.kernel_size))
             self.conv_bias = nn.Parameter(torch.zeros(spec.head_dim))
+        self.query_map: FeatureMap | None = None
+        self.key_map: FeatureMap | None = None
+        if spec.feature_maps:
+            self.add_feature_maps()
+
+    def add_feature_maps(self) -> None:
+        """Let query and key learn a map of their own here, which changes nothing yet; kept where there is one."""
+        if self.query_map is None:
+            device, dtype = self.log_scale.device, self.log_scale.dtype
+            self.query_map = FeatureMap(self.spec.heads, self.spec.head_dim).to(device, dtype)
+            self.key_map = FeatureMap(self.spec.heads, self.spec.head_dim).to(device, dtype)
+            self.spec = replace(self.spec, feature_maps=True)
+
+    def map_features(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query and key [B, N, H, D] behind the maps, where there are any."""
+        if self.query_map is None or self.key_map is None:
+            return query, key
+        return self.query_map(query), self.key_map(key)
 
     @property
     def scale(self) -> torch.Tensor:
@@ -53,6 +92,7 @@ class FocusedLinearAttention(Mixer):
 
         Raises ValueError when the convolution has no grid or the grid does not fit.
         """
+        query, key = self.map_features(query, key)
         pictures = pictures_of(grid) if self.uses_grid and grid is not None else []
         one_frame = len(pictures) < 2 and all(frames == 1 for frames, _, _ in pictures)
         if self.group is not None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..mixers import Mixer, MixerSpec, create_mixer
+from ..ops import call_dtype
 from ..ops.crossover import UNMEASURED_TOKENS, Crossover, Runs, find_crossover, known_crossover
 from .layer import ConvertedLayer
 
@@ -50,13 +51,6 @@ def known_ratio(device: torch.device, dtype: torch.dtype, mixer: str, spec: Mixe
     """Time of this layer's linear product over softmax's at a size, where it was ever timed on this device."""
     found: Crossover | None = known_crossover(_name(mixer, spec), device, dtype)
     return None if found is None else found.ratio_at(tokens)
-
-
-def call_dtype(x: torch.Tensor) -> torch.dtype:
-    """What projections of `x` come in: its dtype, or autocast's."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 class CrossoverHook:

@@ -3,6 +3,7 @@
 from .focused_linear import (
     BACKENDS,
     available_backends,
+    call_dtype,
     even_rows,
     focused_feature_map,
     focused_linear_attention,
@@ -13,6 +14,7 @@ from .focused_linear import (
 __all__ = [
     "BACKENDS",
     "available_backends",
+    "call_dtype",
     "even_rows",
     "focused_feature_map",
     "focused_linear_attention",

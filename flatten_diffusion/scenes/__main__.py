@@ -21,8 +21,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .check import check
-from .grammar import parse, sample_captions
-from .render import render
+from .grammar import sample_captions
+from .render import render_folder
 
 # Where `flatten-eval generate` keeps a picture's prompt and settings.
 _SETTINGS_KEY = "flatten_eval"
@@ -35,7 +35,10 @@ def _parser() -> argparse.ArgumentParser:
     captions = commands.add_parser("captions", help="print random captions, one per line")
     captions.add_argument("--count", type=int, default=200)
     captions.add_argument("--seed", type=int, default=0)
-    captions.add_argument("--held-out", action="store_true", help="only captions that training never sees")
+    split = captions.add_mutually_exclusive_group()
+    split.add_argument("--held-out", action="store_true", help="only captions that training never sees")
+    split.add_argument("--training", action="store_true", help="only the others")
+    captions.add_argument("--repeat", action="store_true", help="the same caption may come twice, as in training")
     drawn = commands.add_parser("render", help="draw captions")
     drawn.add_argument("captions", type=Path, help="text file, one caption per line")
     drawn.add_argument("output", type=Path, help="folder, made if needed")
@@ -48,16 +51,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _render(captions: Path, output: Path, size: int, seed: int) -> None:
-    texts = [line.strip() for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for text in texts:
-        parse(text)  # every caption is good before the first picture is drawn
-    output.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for index, text in enumerate(tqdm(texts, desc="render")):
-        name = f"{index:06d}-{seed}.png"
-        render(text, size, seed + index).save(output / name)
-        rows.append(json.dumps({"file_name": name, "text": text}))
-    (output / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    if not captions.is_file():
+        raise ValueError(f"{captions}: no such file: give a text file with one caption per line")
+    try:
+        lines = [line.strip() for line in captions.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{captions}: not UTF-8 text: give a text file with one caption per line") from error
+    render_folder([line for line in lines if line], output, size, seed)
 
 
 def _captioned(folder: Path) -> list[tuple[Path, str]]:
@@ -92,13 +92,20 @@ def _check(folder: Path) -> dict[str, object]:
     return {"folder": folder.name, "count": len(shares), "fact_accuracy": accuracy, "by_kind": by_kind}
 
 
+def _described(error: Exception) -> str:
+    """One line; a file that cannot be opened is named first."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 2 wrong input."""
     args = _parser().parse_args(argv)
     try:
         if args.command == "captions":
-            held_out = True if args.held_out else None
-            print("\n".join(sample_captions(args.count, args.seed, held_out=held_out)))
+            held_out = True if args.held_out else False if args.training else None
+            print("\n".join(sample_captions(args.count, args.seed, held_out=held_out, different=not args.repeat)))
         elif args.command == "render":
             _render(args.captions, args.output, args.size, args.seed)
         else:
@@ -107,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.json:
                 args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except (OSError, ValueError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_described(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,4 +1,4 @@
-"""Builds the scenes pipeline with random weights: real diffusers classes, small enough to train on two CPU cores."""
+"""Builds the scenes pipelines with random weights: real diffusers classes, small enough to train on two CPU cores."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -17,6 +18,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .grammar import vocabulary
 from .latents import LATENT_CHANNELS
 
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+
+ARCHITECTURES = ("unet", "sd3")
+"""What a scenes pipeline can be built like: Stable Diffusion, or Stable Diffusion 3."""
 _MAX_TOKENS = 24
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -42,12 +48,13 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=_MAX_TOKENS, pad_token=_EOS)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A three-layer CLIP text model for the grammar's captions; output [B, 24, 128]."""
-    config = CLIPTextConfig(
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """Of a three-layer CLIP text model for the grammar's captions; output [B, 24, 128]."""
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
+        projection_dim=128,
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=_MAX_TOKENS,
@@ -55,7 +62,6 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
 
 
 def build_vae(resolution: int) -> AutoencoderKL:
@@ -71,6 +77,7 @@ def build_vae(resolution: int) -> AutoencoderKL:
         norm_num_groups=8,
         sample_size=resolution,
         scaling_factor=1.0,
+        shift_factor=0.0,
         mid_block_add_attention=False,
     )
 
@@ -107,24 +114,34 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def build_pipeline(resolution: int = 128, seed: int = 0) -> StableDiffusionPipeline:
+def build_pipeline(
+    resolution: int = 128, seed: int = 0, architecture: str = "unet", position_spacing: float = 1.0
+) -> StableDiffusionPipeline | StableDiffusion3Pipeline:
     """The whole text-to-image pipeline, untrained, float32 on CPU.
 
     Args:
         resolution: native picture side in pixels, a multiple of 32.
         seed: of the random weights.
+        architecture: one of `ARCHITECTURES`: "unet" has Stable Diffusion's classes, "sd3" those of Stable Diffusion 3.
+        position_spacing: of "sd3", see `build_sd3.build_transformer`.
 
     Raises:
-        ValueError: `resolution` is not a positive multiple of 32.
+        ValueError: `resolution` is not a positive multiple of 32, or an unknown architecture.
     """
     if resolution <= 0 or resolution % 32:
         raise ValueError(f"resolution {resolution} is not a positive multiple of 32: the UNet halves the latents twice")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {architecture!r} is unknown: use {' or '.join(ARCHITECTURES)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if architecture == "sd3":
+            from .build_sd3 import build_sd3_pipeline
+
+            return build_sd3_pipeline(resolution, position_spacing)
         tokenizer = build_tokenizer()
         return StableDiffusionPipeline(
             vae=build_vae(resolution),
-            text_encoder=build_text_encoder(tokenizer),
+            text_encoder=CLIPTextModel(text_config(tokenizer)),
             tokenizer=tokenizer,
             unet=build_unet(resolution),
             scheduler=build_scheduler(),
@@ -134,7 +151,7 @@ def build_pipeline(resolution: int = 128, seed: int = 0) -> StableDiffusionPipel
         )
 
 
-def export_pipeline(pipeline: StableDiffusionPipeline, folder: str | os.PathLike[str]) -> None:
+def export_pipeline(pipeline: DiffusionPipeline, folder: str | os.PathLike[str]) -> None:
     """Write a pipeline for shipping: float16 weights, and vocabulary files that transformers 4 reads as well.
 
     Args:
@@ -144,28 +161,32 @@ def export_pipeline(pipeline: StableDiffusionPipeline, folder: str | os.PathLike
     target = Path(folder)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    parts = {name: copy.deepcopy(getattr(pipeline, name)).half() for name in ("vae", "text_encoder", "unet")}
-    half = type(pipeline)(
-        **parts,
-        tokenizer=pipeline.tokenizer,
-        scheduler=pipeline.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    half.save_pretrained(partial, safe_serialization=True)
-    _write_for_transformers_4(pipeline, partial)
+    modules = {name for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    parts = {name: copy.deepcopy(part).half() if name in modules else part for name, part in _parts(pipeline).items()}
+    type(pipeline)(**parts).save_pretrained(partial, safe_serialization=True)
+    for name in sorted(modules):
+        if name.startswith("text_encoder"):
+            _write_for_transformers_4(partial, name, getattr(pipeline, name.replace("text_encoder", "tokenizer")))
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 
 
-def _write_for_transformers_4(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    weights = folder / "text_encoder" / "model.safetensors"
+def _parts(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    parts = dict(pipeline.components)
+    if "requires_safety_checker" in pipeline.config:
+        parts["requires_safety_checker"] = False
+    return parts
+
+
+def _write_for_transformers_4(folder: Path, text_encoder: str, tokenizer: CLIPTokenizer) -> None:
+    weights = folder / text_encoder / "model.safetensors"
     tensors = load_file(weights)
     # The names that published CLIP checkpoints use; transformers 5 drops the prefix but reads both.
-    prefixed = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in tensors.items()}
+    named = ("text_model.", "text_projection.")
+    prefixed = {key if key.startswith(named) else f"text_model.{key}": value for key, value in tensors.items()}
     save_file(prefixed, weights, metadata={"format": "pt"})
-    model = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())["model"]
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    vocabulary_folder = folder / text_encoder.replace("text_encoder", "tokenizer")
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (vocabulary_folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])]
-    (folder / "tokenizer" / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (vocabulary_folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

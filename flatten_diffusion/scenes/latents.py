@@ -2,7 +2,7 @@
 
 A small UNet learns a latent space that is smooth and linear in the pixels sooner than one an autoencoder finds on its
 own, so the encoder is trained to give these latents and the decoder to undo them. The quarter-size picture still
-bears out 99 % of a caption's facts when it is merely enlarged again.
+bears out a caption's facts when it is merely enlarged again.
 """
 
 from __future__ import annotations

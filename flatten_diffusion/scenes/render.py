@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
 
 from .grammar import BACKGROUNDS, COLOURS, TEXTURES, SceneSpec, parse
 
@@ -190,3 +194,20 @@ def render(caption: str, size: int | tuple[int, int] = 256, seed: int = 0) -> Im
     spec = parse(caption)
     items = layout(spec, random.Random(f"{spec.caption}|{seed}"))
     return draw(spec.background, items, width, height)
+
+
+def render_folder(captions: Sequence[str], folder: Path, size: int, seed: int = 0) -> None:
+    """Draw each caption into `folder` (made if needed), with a metadata.jsonl (file_name, text) as data sets have it.
+
+    Caption i is drawn with the seed `seed` + i. Raises ValueError for a caption that is not of the grammar, before the
+    first picture.
+    """
+    for caption in captions:
+        parse(caption)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index, caption in enumerate(tqdm(captions, desc="render")):
+        name = f"{index:06d}-{seed}.png"
+        render(caption, size, seed + index).save(folder / name)
+        rows.append(json.dumps({"file_name": name, "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")

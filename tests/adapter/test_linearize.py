@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import (
 
 from flatten_diffusion import AdapterConfig, FocusedLinearAttnProcessor, linearize, restore
 
-from ..models.tiny import CONVERTIBLE, build, stir
+from ..models.tiny import CONVERTIBLE, assert_untouched, build, stir
 
 
 class CustomProcessor:
@@ -41,10 +41,7 @@ def test_the_whole_life_of_a_conversion(name):
         assert torch.equal(tiny(), native)
     after = _processors(tiny.model)
     assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
-    assert list(tiny.model.state_dict()) == keys and list(tiny.model.named_modules()) == modules
-    for module in tiny.model.modules():
-        assert not module._forward_pre_hooks and not module._forward_pre_hooks_with_kwargs
-        assert not any(attribute.startswith("flatten_") for attribute in vars(module))
+    assert_untouched(tiny.model, keys, modules)
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)

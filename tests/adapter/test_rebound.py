@@ -13,7 +13,7 @@ from flatten_diffusion import AdapterConfig, linearize, load_adapter, restore
 from flatten_diffusion.mixers import list_joints
 from flatten_diffusion.models import survey
 
-from ..models.tiny import stir
+from ..models.tiny import assert_untouched, stir, train_towards_original
 from ..models.tiny_rebound import JOINT, REBOUND, build_rebound, position_ids
 
 ALL = ("q", "k", "v", "out")
@@ -52,10 +52,7 @@ def test_the_whole_life_of_a_conversion(name):
         assert torch.equal(tiny(), native)
     after = _processors(tiny.model)
     assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
-    assert list(tiny.model.state_dict()) == keys and list(tiny.model.named_modules()) == modules
-    for module in tiny.model.modules():
-        assert not module._forward_pre_hooks and not module._forward_pre_hooks_with_kwargs
-        assert not any(attribute.startswith("flatten_") for attribute in vars(module))
+    assert_untouched(tiny.model, keys, modules)
 
 
 @pytest.mark.parametrize("name", REBOUND)
@@ -377,14 +374,5 @@ def test_an_optimizer_step_lowers_the_distance_to_the_original(name):
     adapter = _convert(tiny)
     tiny.model.requires_grad_(False)
     adapter.requires_grad_()
-    with torch.no_grad(), adapter.disabled():
-        target = tiny()
-    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss = (tiny() - target).square().mean()
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = train_towards_original(tiny, adapter, steps=4)
     assert losses[-1] < losses[0], losses

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from flatten_diffusion import AdapterConfig, linearize, load_adapter, restore
 from flatten_diffusion.distill import CalibrationSettings, calibrate
-from flatten_diffusion.distill.calibrate import _Moments, _patch_moments
+from flatten_diffusion.distill.measure import Batch, Moments, patch_moments, weigh
 from flatten_diffusion.distill.record import LayerCall, MixerInputs, watch_teacher
 from flatten_diffusion.mixers import FocusedLinearAttention
 
@@ -22,7 +23,13 @@ def teacher_runs(tiny: Tiny, count: int = 4) -> list[Callable[[], Any]]:
     generator = torch.Generator().manual_seed(0)
     shape = tiny.inputs[tiny.picture].shape
     pictures = [torch.randn(shape, generator=generator) for _ in range(count)]
-    return [lambda picture=picture: tiny(**{tiny.picture: picture}) for picture in pictures]
+    return [
+        lambda picture=picture: tiny(**{tiny.picture: picture}).unflatten(0, (shape[0], -1)) for picture in pictures
+    ]
+
+
+def even(samples: int) -> Batch:
+    return Batch(lambda: torch.zeros(samples), torch.ones(samples))
 
 
 def sharp(name: str) -> Tiny:
@@ -64,20 +71,73 @@ def test_every_layer_comes_nearer(name: str) -> None:
 def test_the_report_is_the_layers_own_error() -> None:
     tiny = sharp("sd15")
     runs, adapter = teacher_runs(tiny), linearize(tiny.model)
-    total: dict[str, list[torch.Tensor]] = {}
+    weights = [batch.weights for batch in weigh(adapter, runs, lambda tensor: tensor)]
+
+    def shares() -> dict[str, float]:
+        sums: dict[str, torch.Tensor] = {}
+
+        def consume(call: LayerCall, weights: torch.Tensor) -> None:
+            error = (call.student() - call.output).square().flatten(1).sum(1)
+            spread = (call.output - call.output.mean((0, 1))).square().flatten(1).sum(1)
+            sums[call.name] = sums.get(call.name, 0) + torch.stack([error @ weights, spread @ weights])
+
+        for run, weight in zip(runs, weights, strict=True):
+            with torch.no_grad(), watch_teacher(adapter, partial(consume, weights=weight)):
+                run()
+        return {name: float(error / spread) for name, (error, spread) in sums.items()}
+
+    before = shares()
+    fits = calibrate(adapter, runs, CalibrationSettings(selection_batches=len(runs)))
+    after = shares()
+    for fit in fits:
+        assert fit.before == pytest.approx(before[fit.name], rel=1e-4)
+        assert fit.after == pytest.approx(after[fit.name], rel=1e-3)
+
+
+def test_samples_count_by_what_their_errors_do_to_the_prediction() -> None:
+    tiny = sharp("sd15")
+    runs, adapter = teacher_runs(tiny), linearize(tiny.model)
+    layers: list[torch.Tensor] = []
 
     def consume(call: LayerCall) -> None:
-        total.setdefault(call.name, []).append(call.output)
+        layers.append((call.student() - call.output).square().flatten(1).sum(1))
 
-    with torch.no_grad(), watch_teacher(adapter, consume):
+    ratios = []
+    with torch.no_grad():
         for run in runs:
-            run()
-    raw = residuals(adapter, runs)
-    fits = calibrate(adapter, runs, CalibrationSettings(selection_batches=len(runs)))
-    for fit in fits:
-        spread = sum(float((part - part.mean((0, 1))).square().sum()) for part in total[fit.name])
-        assert fit.before == pytest.approx(raw[fit.name] / spread, rel=1e-4)
-        assert fit.after == pytest.approx(residuals(adapter, runs)[fit.name] / spread, rel=1e-3)
+            layers.clear()
+            with watch_teacher(adapter, consume):
+                teacher = run()
+            ratios.append((run() - teacher).square().flatten(1).sum(1) / sum(layers))
+    expected = torch.cat(ratios) / torch.cat(ratios).mean()
+    found = torch.cat([batch.weights for batch in weigh(adapter, runs, lambda tensor: tensor)])
+    assert torch.allclose(found, expected, rtol=1e-3)
+    assert found.std() > 0.01
+
+
+def test_a_sample_that_counts_twice_is_a_sample_seen_twice() -> None:
+    generator = torch.Generator().manual_seed(3)
+    features, targets = torch.randn(2, 20, 4, generator=generator), torch.randn(2, 20, 3, generator=generator)
+    weighted, repeated = Moments(), Moments()
+    weighted.add(features, targets, Batch(lambda: features, torch.tensor([2.0, 1.0])))
+    repeated.add(features[[0, 0, 1]], targets[[0, 0, 1]], even(3))
+    assert torch.allclose(weighted.second, repeated.second, rtol=1e-5)
+    value, missing = torch.randn(2, 15, 2, 3, generator=generator), torch.randn(2, 15, 2, 3, generator=generator)
+
+    def equations(samples: list[int], batch: Batch) -> torch.Tensor:
+        chosen = value[samples]
+        return patch_moments(MixerInputs(chosen, chosen, chosen, (3, 5)), missing[samples], 3, batch)
+
+    twice = Batch(lambda: value, torch.tensor([2.0, 1.0]))
+    assert torch.allclose(equations([0, 1], twice), equations([0, 0, 1], even(3)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_prediction_that_does_not_move_counts_as_one() -> None:
+    tiny = sharp("sd15")
+    runs, adapter = teacher_runs(tiny, 2), linearize(tiny.model)
+    still = [*runs, lambda: (tiny(), torch.zeros(1, 5))[1]]
+    weights = [batch.weights for batch in weigh(adapter, still, lambda tensor: tensor)]
+    assert torch.equal(weights[2], torch.ones(1)) and torch.isfinite(torch.cat(weights)).all()
 
 
 def test_kernel_equations_are_least_squares() -> None:
@@ -87,7 +147,7 @@ def test_kernel_equations_are_least_squares() -> None:
     images = value.permute(0, 2, 3, 1).reshape(4, 3, 3, 5)
     convolved = F.conv2d(images, kernel, bias, padding=1, groups=3)
     missing = convolved.reshape(2, 2, 3, 15).permute(0, 3, 1, 2)
-    moments = _patch_moments(MixerInputs(value, value, value, (3, 5)), missing, 3)
+    moments = patch_moments(MixerInputs(value, value, value, (3, 5)), missing, 3, even(2))
     solution = torch.linalg.solve(moments[..., :-1], moments[..., -1:])[..., 0]
     assert torch.allclose(solution[:, :-1].reshape(3, 1, 3, 3), kernel.double(), atol=1e-4)
     assert torch.allclose(solution[:, -1], bias.double(), atol=1e-4)
@@ -97,9 +157,9 @@ def test_moments_are_ridge_regression() -> None:
     generator = torch.Generator().manual_seed(2)
     features = torch.randn(50, 4, generator=generator, dtype=torch.float64)
     targets = torch.randn(50, 3, generator=generator, dtype=torch.float64) + 2
-    moments = _Moments()
-    moments.add(features[:20], targets[:20])
-    moments.add(features[20:], targets[20:])
+    moments = Moments()
+    moments.add(features[None, :20], targets[None, :20], even(1))
+    moments.add(features[None, 20:], targets[None, 20:], even(1))
     design = torch.cat([features, torch.ones(50, 1, dtype=torch.float64)], dim=1)
     plain = torch.linalg.lstsq(design, targets).solution
     assert torch.allclose(moments.solve(0.0).T, plain, atol=1e-5)
@@ -169,4 +229,20 @@ def test_no_batches_and_broken_activations() -> None:
         calibrate(adapter, [])
     bad = torch.full_like(tiny.inputs["sample"], float("nan"))
     with pytest.raises(ValueError, match="not finite"):
-        calibrate(adapter, [lambda: tiny(sample=bad)])
+        calibrate(adapter, [lambda: tiny(sample=bad)[None]])
+
+
+def test_autocast_does_not_reach_the_equations() -> None:
+    generator = torch.Generator().manual_seed(4)
+    features, targets = torch.randn(1, 300, 6, generator=generator), torch.randn(1, 300, 2, generator=generator)
+    value, missing = torch.randn(1, 15, 2, 3, generator=generator), torch.randn(1, 15, 2, 3, generator=generator)
+
+    def solve() -> tuple[torch.Tensor, torch.Tensor]:
+        moments = Moments()
+        moments.add(features, targets, even(1))
+        return moments.second, patch_moments(MixerInputs(value, value, value, (3, 5)), missing, 3, even(1))
+
+    expected = solve()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = solve()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

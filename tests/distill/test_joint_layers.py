@@ -100,20 +100,24 @@ def test_calibration_brings_every_layer_nearer(name: str, form: str) -> None:
         return left
 
     before = errors()
-    fits = calibrate(adapter, [tiny] * 2, CalibrationSettings(powers=(1.0, 3.0), scale_exponents=(0.0, 1.0)))
+    fits = calibrate(
+        adapter, [lambda: tiny()[None]] * 2, CalibrationSettings(powers=(1.0, 3.0), scale_exponents=(0.0, 1.0))
+    )
     after = errors()
     assert [fit.name for fit in fits] == adapter.layers
     for fit in fits:
         assert after[fit.name] < 0.9 * before[fit.name], fit
         assert 0 <= fit.after < fit.before, fit
-        assert fit.choice is not None and not fit.choice.shift
+        assert fit.choice is not None
+    shifted = {fit.name for fit in fits if fit.choice is not None and fit.choice.mapped}
+    assert set(adapter.config.feature_maps) == shifted  # norms and rotations stand between them and the projections
     with torch.no_grad(), adapter.disabled():
         assert torch.equal(tiny(), native)
 
 
 def test_the_convolution_of_a_joint_layer_is_solved_exactly() -> None:
     """A teacher that is the student with a kernel: least squares must find that kernel, shares and frames included."""
-    from flatten_diffusion.distill.calibrate import _linear, _patch_moments
+    from flatten_diffusion.distill.measure import Batch, linear_part, patch_moments
 
     tiny, adapter = converted("hunyuanvideo", kernel_size=3)
     stir(adapter)
@@ -124,8 +128,8 @@ def test_the_convolution_of_a_joint_layer_is_solved_exactly() -> None:
             inputs = call.mixer_inputs()
             assert inputs is not None and inputs.share is not None
             mixer: Any = call.mixer
-            missing = inputs.join(mixer(*inputs.arguments())) - inputs.join(_linear(inputs, 3.0, mixer.scale))
-            moments = _patch_moments(inputs, missing.float(), 3)
+            missing = inputs.join(mixer(*inputs.arguments())) - inputs.join(linear_part(inputs, 3.0, mixer.scale))
+            moments = patch_moments(inputs, missing.float(), 3, Batch(tiny, torch.ones(1)))
             solution = torch.linalg.solve(moments[..., :-1], moments[..., -1:])[..., 0]
         torch.testing.assert_close(solution[:, :-1].float(), mixer.conv_weight.flatten(1), rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(solution[:, -1].float(), mixer.conv_bias, rtol=1e-2, atol=1e-3)

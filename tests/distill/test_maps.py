@@ -24,9 +24,9 @@ def test_pairs_give_the_product_back(head_dim: int) -> None:
     given = inputs(head_dim)
     moments = QueryKeyMoments(given, lambda tensor: tensor)
     shift = 1.5
-    query, key = apply_maps(given, moments.linear_maps(MapChoice(1.0, paired=True, shift=shift)))
+    query, key = apply_maps(given, moments.linear_maps([MapChoice(1.0, paired=True, shift=shift)] * 2))
     paired = torch.einsum("bnhd,bmhd->bhnm", query, key)
-    spread = moments.linear_maps(MapChoice(1.0, paired=True, shift=1.0))[1]
+    spread = moments.linear_maps([MapChoice(1.0, paired=True, shift=1.0)] * 2)[1]
     constant = (shift * spread).square().sum(-1)[None, :, None, None]
     product = torch.einsum("bnhd,bmhd->bhnm", given.query, given.key)
     half = head_dim // 2
@@ -36,14 +36,14 @@ def test_pairs_give_the_product_back(head_dim: int) -> None:
     assert error < 0.25  # what the dropped directions held
     # Both sides of a direction weigh alike, and the kept ones are the heavy ones.
     halves = [(x - s)[..., :half].square().mean((0, 1)) for x, s in ((query, shift * spread), (key, shift * spread))]
-    assert torch.allclose(halves[0], halves[1], rtol=1e-3)
+    assert torch.allclose(halves[0], halves[1], rtol=5e-3)  # directions without spread are given 0.3 %
     assert (halves[0][:, :-1] >= halves[0][:, 1:]).all()
 
 
 def test_all_directions_lose_nothing() -> None:
     given = inputs(6)
     moments = QueryKeyMoments(given, lambda tensor: tensor)
-    moments.linear_maps(MapChoice(1.0, paired=True, shift=1.0))
+    moments.linear_maps([MapChoice(1.0, paired=True, shift=1.0)] * 2)
     assert moments._directions is not None
     for query_matrix, key_matrix, _ in moments._directions:
         assert torch.allclose(query_matrix @ key_matrix.T, torch.eye(6, dtype=torch.float64), atol=1e-5)
@@ -61,7 +61,7 @@ def test_folded_maps_are_the_maps(name: str, choice: MapChoice) -> None:
         def fold(call: LayerCall, expected: dict[str, tuple[torch.Tensor, torch.Tensor]] = expected) -> None:
             given = call.mixer_inputs()
             assert given is not None
-            maps = QueryKeyMoments(given, lambda tensor: tensor).linear_maps(choice)
+            maps = QueryKeyMoments(given, lambda tensor: tensor).linear_maps([choice] * given.query.shape[2])
             expected[call.name] = apply_maps(given, maps)
             for key, matrix, shift in (("q", *maps[:2]), ("k", *maps[2:])):
                 fold_map(call.attn, key, call.mixer.deltas[key], matrix, shift)  # type: ignore[arg-type]
@@ -83,9 +83,27 @@ def test_scale_has_geometric_mean_one() -> None:
 
 
 def test_what_a_layer_allows() -> None:
-    both = candidates((1.0, 2.0), (0.0,), (0.5,), (0.5, 1.0), shiftable=True, pairable=True)
-    assert len(both) == 2 + 2 + 4 and len(set(both)) == 8
-    assert not any(
-        choice.paired for choice in candidates((1.0,), (0.0,), (0.5,), (0.5,), shiftable=True, pairable=False)
-    )
-    assert candidates((1.0,), (0.0,), (0.5,), (0.5,), shiftable=False, pairable=False) == [MapChoice(1.0)]
+    both = candidates((1.0, 2.0), (0.0,), (0.5,), (0.5, 1.0), 2, pairable=True)
+    assert len(both) == 2 + 2 + 4 * 3 and len(set(both)) == 16
+    assert candidates((1.0,), (0.0,), (0.5,), (0.5,), 2, pairable=False) == [MapChoice(1.0), MapChoice(1.0, shift=0.5)]
+
+
+@pytest.mark.parametrize("head_dim", [6, 7])
+def test_rotations_keep_the_product_and_spread_it(head_dim: int) -> None:
+    given = inputs(head_dim)
+    moments = QueryKeyMoments(given, lambda tensor: tensor)
+    half = head_dim // 2
+
+    def directions(rotation: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        maps = moments.linear_maps([MapChoice(2.0, paired=True, shift=0.5, rotation=rotation)] * 2)
+        query, key = apply_maps(given, maps)
+        return (query - maps[1])[..., :half], (key - maps[3])[..., :half], maps[1]
+
+    plain, rotated = directions(0), directions(3)
+    products = [torch.einsum("bnhd,bmhd->bhnm", query, key) for query, key, _ in (plain, rotated)]
+    assert torch.allclose(*products, rtol=1e-3, atol=1e-3)
+    spreads = [query.square().mean((0, 1)) for query, _, _ in (plain, rotated)]
+    assert (spreads[1].amax(-1) / spreads[1].amin(-1) < spreads[0].amax(-1) / spreads[0].amin(-1)).all()
+    # The shift is a share of each rotated direction's own root mean square.
+    assert torch.allclose(rotated[2][:, :half], 0.5 * spreads[1].sqrt(), rtol=0.05)
+    assert not torch.allclose(directions(3)[0], directions(4)[0])

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import architectures, bench_cpu, bench_models, bench_operator
+from eval import architectures, bench_conversion, bench_cpu, bench_models, bench_operator
+from flatten_diffusion import linearize
 from flatten_diffusion.models import crossover as layers
 from flatten_diffusion.ops import crossover
 
@@ -70,6 +71,56 @@ def test_rounds_for_each_size() -> None:
             bench_models.parse_arguments(wrong)
     with pytest.raises(SystemExit):
         bench_cpu.parse_arguments(["--sizes", "64", "--model_rounds", "1", "2"])
+
+
+def test_how_many_rounds_are_missing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for parse, wrong in (
+        (bench_cpu.parse_arguments, ["--sizes", "64", "--model_rounds", "1", "2"]),
+        (bench_models.parse_arguments, ["--sizes", "64", "--rounds", "1", "2"]),
+    ):
+        with pytest.raises(SystemExit):
+            parse(wrong)
+        assert "1 in all" in capsys.readouterr().err
+
+
+def test_conversion_of_every_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flux does not fit here: its weights stay on the meta device, and its new parameters count all the same."""
+    path, built = tmp_path / "conversion.json", bench_conversion.build_meta_model
+    flux = bench_conversion.tensor_bytes(built("flux", torch.bfloat16))
+    monkeypatch.setattr(bench_conversion, "free_memory", lambda _device: flux)
+    monkeypatch.setattr(bench_conversion, "SHARE", 1e9)  # of a model of a few hundred parameters
+    bench_conversion.main(["--archs", "pixart", "flux", "--rounds", "2", "--json", str(path)])
+    result = json.loads(path.read_text())
+    assert {"versions", "device_name", "time", "threads", "cpu", "load_before"} <= set(result["environment"])
+    pixart, flux_row = result["conversion"]
+    assert (pixart["weights"], pixart["layers"], len(pixart["seconds"])) == ("random", 1, 2)
+    assert (flux_row["weights"], flux_row["layers"]) == ("meta", 2)
+    for row in (pixart, flux_row):
+        model = built(row["arch"], torch.bfloat16)
+        own = bench_conversion.tensor_bytes(model)
+        adapter = linearize(model)
+        assert row["model_bytes"] == own
+        assert row["added_bytes"] == sum(2 * p.numel() for p in adapter.parameters()) > 0
+        assert row["share"] == row["extra_bytes"] / own and row["met"]
+    assert flux_row["extra_bytes"] == flux_row["added_bytes"] + (flux_row["peak_bytes"] or 0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "seconds", "added", "peak", "extra", "met"),
+    [
+        ("random", [1.0, 2.0], 10, 19, 19, True),
+        ("random", [1.0, 10.5], 10, 19, 19, False),
+        ("random", [1.0], 10, 20, 20, False),
+        ("random", [1.0], 21, None, 21, False),
+        ("meta", [1.0], 10, 9, 19, True),
+        ("meta", [1.0], 10, 19, 29, False),
+    ],
+)
+def test_a_conversion_that_misses_is_said(
+    weights: str, seconds: list[float], added: int, peak: int | None, extra: int, met: bool
+) -> None:
+    found = bench_conversion.judge(1000, weights, seconds, added, peak)
+    assert found == {"extra_bytes": extra, "share": extra / 1000, "met": met}
 
 
 def test_other_packages_are_named_with_the_reason_they_are_missing() -> None:

@@ -152,3 +152,34 @@ def test_wrong_use_is_one_line(
     code, line = run_error("compare", tiny_pipeline, *good, "--adapter", "x", "--extractor", "unknown")
     assert code == 2 and "unknown extractor" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_the_originals_are_those_of_the_unconverted_pipeline(
+    compared: Path, tiny_pipeline: Path, tmp_path: Path, run_json: Run
+) -> None:
+    """They are drawn with the adapter in place but disabled: every byte of every PNG is the same."""
+    run_json(
+        "generate", tiny_pipeline, "--prompts", compared / "prompts.jsonl", "--steps", 2, "--output", tmp_path / "out"
+    )
+    drawn = {path.name: path.read_bytes() for path in (compared / "out" / "original").glob("*.png")}
+    assert len(drawn) == 4
+    assert drawn == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
+
+
+def test_what_is_wrong_is_said_before_anything_is_drawn(
+    compared: Path, tiny_pipeline: Path, tiny_adapter: Path, tmp_path: Path, run_error: Fail
+) -> None:
+    damaged = shutil.copytree(tiny_adapter, tmp_path / "damaged")
+    (damaged / "adapter_model.safetensors").write_bytes(b"half")
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("--adapter", tmp_path / "absent"), "adapter "),
+        (("--adapter", damaged), "adapter "),
+        (("--adapter", tiny_adapter, "--speed-sizes", 34), "measuring the speed of UNet2DConditionModel needs"),
+    ]
+    for case, message in cases:
+        out = tmp_path / "out"
+        code, line = run_error(
+            "compare", tiny_pipeline, "--prompts", compared / "prompts.jsonl", "--steps", 1, "--output", out, *case
+        )
+        assert code == 2 and message in line, (case, line)
+        assert not out.exists()

@@ -167,14 +167,95 @@ def test_wrong_input_is_one_line(tiny_pipeline: Path, prompts: Path, tmp_path: P
         ((tiny_pipeline, *good, "--output", tmp_path / "file"), "not a folder"),
         ((tiny_pipeline, *out), "needs prompts"),
         ((tiny_pipeline, *good, "--adapter", tmp_path / "folder", *out), "adapter "),
-        ((tiny_pipeline, *good, "--size", "33", *out), "divisible by 8"),
+        ((tiny_pipeline, *good, "--size", "36", *out), "divisible by 8"),
+        ((tiny_pipeline, *good, "--size", "32x36", *out), "choose another --size"),
         ((tmp_path / "folder", *good, *out), "no model_index.json"),
         (("nobody/nothing", *good, *out), "cannot be loaded as a pipeline"),
     ]
     for case, message in cases:
         code, line = run_error("generate", *case, "--steps", 1)
         assert code == 2 and message in line, (case, line)
-    assert not list((tmp_path / "out").glob("*.png"))
+    assert not (tmp_path / "out").exists()
+
+
+class Asks:
+    """What a pipeline says of sizes: SD3 raises from its own check, Flux only warns and draws a smaller picture."""
+
+    vae_scale_factor = 8
+
+    def __call__(self, prompt: str, height: int, width: int) -> None: ...
+
+
+class Patched(Asks):
+    def check_inputs(self, prompt: str, prompt_2: str, height: int, width: int, negative_prompt: str = "") -> None:
+        if height % 16 or width % 16:
+            raise ValueError("`height` and `width` have to be divisible by 16")
+
+
+class Packed(Asks):
+    def check_inputs(self, prompt: str, height: int, width: int) -> None: ...
+
+    def _pack_latents(self) -> None: ...
+
+
+class Demanding(Asks):
+    """Its check wants what cannot be guessed here: it says nothing of the size."""
+
+    def check_inputs(self, prompt: str, height: int, width: int, embeds: object) -> None:
+        if embeds is None:
+            raise ValueError("needs embeds")
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "message"),
+    [
+        (Asks, (104, 64), None),
+        (Asks, (100, 64), "Asks needs multiples of 8 pixels, not 64x100"),
+        (Patched, (96, 64), None),
+        (Patched, (96, 104), "Patched refuses 104x96 .* divisible by 16"),
+        (Packed, (96, 64), None),
+        (Packed, (104, 64), "Packed needs multiples of 16 pixels"),
+        (Demanding, (104, 64), None),
+        (Demanding, (64, 100), "Demanding needs multiples of 8"),
+    ],
+)
+def test_sizes_that_the_pipeline_does_not_take(kind: type[Asks], size: tuple[int, int], message: str | None) -> None:
+    from eval.errors import InputError
+
+    settings = generate.GenerationSettings(pipeline="x", height=size[0], width=size[1])
+    if message is None:
+        generate.check_settings(kind(), settings, ["a"])
+    else:
+        with pytest.raises(InputError, match=message):
+            generate.check_settings(kind(), settings, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes", "wrong"),
+    [
+        ("StableDiffusionPipeline", {}, 100),
+        ("StableDiffusionXLPipeline", {}, 100),
+        ("PixArtSigmaPipeline", {}, 100),
+        ("StableDiffusion3Pipeline", {"patch_size": 2}, 104),
+        ("FluxPipeline", {}, 104),
+        ("QwenImagePipeline", {}, 104),
+    ],
+)
+def test_sizes_of_real_pipelines(name: str, attributes: dict[str, int], wrong: int) -> None:
+    """The classes' own checks, without their models."""
+    import diffusers
+
+    from eval.errors import InputError
+
+    pipeline = object.__new__(getattr(diffusers, name))
+    for attribute, value in (attributes | {"vae_scale_factor": 8}).items():
+        pipeline.__dict__[attribute] = value
+    for size in (96, 1024):
+        generate.check_settings(pipeline, generate.GenerationSettings(pipeline="x", height=size, width=size), ["a"])
+    for height, width in ((wrong, 96), (96, wrong)):
+        settings = generate.GenerationSettings(pipeline="x", height=height, width=width)
+        with pytest.raises(InputError, match="choose another --size"):
+            generate.check_settings(pipeline, settings, ["a"])
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_picture(

@@ -257,7 +257,7 @@ def test_wrong_use_is_one_line(tiny_archs: None, tmp_path: Path, run_error: Fail
         (("--arch", "sd15", "--adapter", "x"), "--adapter belongs to --pipeline"),
         (("--arch", "sd15", "--kernel-size", 4), "needs an odd number"),
         (("--op", "--plot", "x.png"), "does not go with --op"),
-        (("--arch", "sd15", "--sizes", "68"), "needs multiples of 16 pixels"),
+        (("--arch", "sd15", "--sizes", "68"), "UNet2DConditionModel needs multiples of 16 pixels"),
         (("--pipeline", tmp_path), "no model_index.json"),
     ]
     for arguments, message in cases:

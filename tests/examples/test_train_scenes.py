@@ -55,7 +55,28 @@ def test_a_second_run_continues_from_the_newest_checkpoint(monkeypatch, tmp_path
     ]
 
 
-@pytest.mark.parametrize("wrong", [["--stages", "unet"], ["--resolution", 100], ["--vae_crop", 12]])
+def test_the_joint_architecture_goes_on_from_a_smaller_one(monkeypatch, tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    joint = ["--architecture", "sd3", "--max_train_steps", 2]
+    run(monkeypatch, *toy(first, *joint, "--position_spacing", 2))
+    larger = ["--resolution", 64, "--stages", "denoiser", "--initial_pipeline", first / "pipeline"]
+    run(monkeypatch, *toy(second, *joint, *larger))
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = StableDiffusion3Pipeline.from_pretrained(second / "export", torch_dtype=torch.float32, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle on a white background", num_inference_steps=2).images[0].size == (64, 64)
+    weights = Path("pipeline", "transformer", "diffusion_pytorch_model.safetensors")
+    started, ended = load_file(first / weights), load_file(second / weights)
+    moved = (started["pos_embed.proj.weight"] - ended["pos_embed.proj.weight"]).abs().max()
+    assert 0 < moved < 0.01  # two small steps on
+    assert not torch.allclose(started["pos_embed.pos_embed"], ended["pos_embed.pos_embed"])
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--stages", "unet"], ["--resolution", 100], ["--vae_crop", 12], ["--initial_pipeline", "nowhere"]]
+)
 def test_wrong_use_is_refused_before_anything_runs(monkeypatch, tmp_path, wrong, capsys):
     with pytest.raises(SystemExit) as raised:
         run(monkeypatch, "--output_dir", tmp_path / "out", *wrong)

@@ -73,3 +73,31 @@ def test_the_registry():
         create_mixer("nothing", SPEC)
     with pytest.raises(ValueError, match="taken by FocusedLinearAttention"):
         register_mixer("focused_linear")(Mixer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_feature_maps_against_mapped_tokens(dtype):
+    plain, mapped = (create_mixer("focused_linear", SPEC, dtype=dtype) for _ in range(2))
+    query, key, value = _tensors(dtype)
+    mapped.add_feature_maps()
+    assert mapped.spec.feature_maps and not plain.spec.feature_maps
+    assert torch.equal(mapped(query, key, value, (3, 7)), plain(query, key, value, (3, 7)))  # zeros change nothing
+    with torch.no_grad():
+        for parameter in mapped.query_map.parameters():
+            parameter.normal_()
+        mapped.key_map.bias.fill_(2.0)
+    weight, bias = mapped.query_map.weight, mapped.query_map.bias
+    by_hand = torch.stack([query[:, :, h] @ (torch.eye(5) + weight[h]).to(dtype) + bias[h] for h in range(3)], dim=2)
+    expected = plain(by_hand, key + 2, value, (3, 7))
+    torch.testing.assert_close(
+        mapped(query, key, value, (3, 7)),
+        expected,
+        rtol=2e-2 if dtype != torch.float64 else 1e-9,
+        atol=1e-2 if dtype != torch.float64 else 1e-9,
+    )
+    before = mapped.query_map
+    mapped.add_feature_maps()
+    assert mapped.query_map is before
+    mapped(query, key, value, (3, 7)).float().square().sum().backward()
+    for name, parameter in mapped.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name

@@ -330,3 +330,26 @@ def stir(adapter: Any, seed: int = 1) -> None:
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def train_towards_original(tiny: Any, adapter: Any, steps: int) -> list[float]:
+    """Steps of Adam on the distance to the original's output; the loss before each."""
+    with torch.no_grad(), adapter.disabled():
+        target = tiny()
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = (tiny() - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+def assert_untouched(model: torch.nn.Module, keys: list[str], modules: list[Any]) -> None:
+    """Nothing of a conversion is left: the same tensors and modules as before, no hooks, no attributes."""
+    assert list(model.state_dict()) == keys and list(model.named_modules()) == modules
+    for module in model.modules():
+        assert not module._forward_pre_hooks and not module._forward_pre_hooks_with_kwargs
+        assert not any(attribute.startswith("flatten_") for attribute in vars(module))

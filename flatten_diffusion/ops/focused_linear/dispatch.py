@@ -53,6 +53,13 @@ def _triton_runs_on(device_type: str) -> bool:
     return device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
+def call_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a call on `x` computes with: its dtype, or autocast's, which leaves float64 alone."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def focused_linear_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -96,11 +103,9 @@ def focused_linear_attention(
         ValueError: shapes, dtypes or devices that do not fit together, or a backend that cannot run.
     """
     check_arguments(query, key, value, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask)
-    device_type = query.device.type
-    autocast = torch.is_autocast_enabled(device_type) and query.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device_type) if autocast else query.dtype
+    device_type, dtype = query.device.type, call_dtype(query)
     name = resolve_backend(backend, query.device, dtype, query.shape[3])
-    if autocast:
+    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         # Inside, precision is chosen operation by operation: autocast would undo the float32 accumulation.
         with torch.autocast(device_type, enabled=False):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from . import eager
-from .dispatch import check_arguments, resolve_backend
+from .dispatch import call_dtype, check_arguments, resolve_backend
 from .reference import compute_dtype
 
 
@@ -87,11 +87,8 @@ def split_focused_linear_attention(
     check_arguments(query, key, value, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask)
     if backend == "reference":
         raise ValueError("backend 'reference' runs in one process: choose 'auto', 'eager' or 'triton'.")
-    device_type = query.device.type
-    autocast = torch.is_autocast_enabled(device_type) and query.dtype != torch.float64
-    if autocast:
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    device_type, dtype = query.device.type, call_dtype(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     name = resolve_backend(backend, query.device, query.dtype, query.shape[3])
     with torch.autocast(device_type, enabled=False):
         output: torch.Tensor = _SplitAttention.apply(

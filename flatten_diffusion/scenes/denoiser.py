@@ -1,0 +1,77 @@
+"""What the training of a scenes pipeline optimises: its text encoders and its denoiser as one module."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from torch.overrides import TorchFunctionMode
+
+T5_TOKENS = 256
+"""Tokens that StableDiffusion3Pipeline reserves for a T5 encoder, all zero when there is none."""
+
+
+class UNetDenoiser(torch.nn.Module):
+    """The text encoder and the UNet of a StableDiffusionPipeline."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline) -> None:
+        super().__init__()
+        self.text_encoder, self.denoiser = pipeline.text_encoder, pipeline.unet
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Noisy latents [B, C, h, w], timesteps [B] and prompts' token numbers [B, T] -> prediction [B, C, h, w]."""
+        prompt = self.text_encoder(tokens)[0]
+        prediction: torch.Tensor = self.denoiser(noisy, timesteps, encoder_hidden_states=prompt).sample
+        return prediction
+
+
+class JointDenoiser(torch.nn.Module):
+    """Both text encoders and the transformer of a StableDiffusion3Pipeline without T5.
+
+    The tokens that stand for T5 are equal and have no positions, so they stay equal in every block: one of them,
+    weighted by their number wherever it is a key, gives what all of them give.
+    """
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
+        super().__init__()
+        self.text_encoder, self.text_encoder_2 = pipeline.text_encoder, pipeline.text_encoder_2
+        self.denoiser = pipeline.transformer
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Noisy latents [B, C, h, w], timesteps [B] and prompts' token numbers [B, T] -> prediction [B, C, h, w]."""
+        outputs = [encoder(tokens, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
+        prompt = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
+        with _WeightedLastKey(T5_TOKENS):
+            prediction: torch.Tensor = self.denoiser(
+                hidden_states=noisy,
+                timestep=timesteps,
+                encoder_hidden_states=F.pad(prompt, (0, 0, 0, 1)),
+                pooled_projections=pooled,
+            ).sample
+        return prediction
+
+
+class _WeightedLastKey(TorchFunctionMode):
+    """Within it, the last key of every scaled dot-product attention counts `weight` times."""
+
+    def __init__(self, weight: int) -> None:
+        super().__init__()
+        self.bias = math.log(weight)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        query, key = args[:2]
+        mask = torch.zeros(1, 1, 1, key.shape[-2], dtype=query.dtype, device=query.device)
+        mask[..., -1] = self.bias
+        return function(*args, **{**kwargs, "attn_mask": mask.expand(-1, -1, query.shape[-2], -1)})
+
+
+def denoiser_of(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline) -> UNetDenoiser | JointDenoiser:
+    """The module that training optimises."""
+    return JointDenoiser(pipeline) if isinstance(pipeline, StableDiffusion3Pipeline) else UNetDenoiser(pipeline)
