@@ -123,6 +123,41 @@ def test_saved_loaded_copied_pickled_merged(name, tmp_path):
         assert torch.equal(tiny(), native)
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux", "mochi", "wan"])
+def test_feature_maps_live_with_the_adapter(name, tmp_path):
+    tiny, fresh = build_rebound(name), build_rebound(name)
+    with torch.no_grad():
+        native = tiny()
+        adapter = _convert(tiny)
+        raw = tiny()
+        some = adapter.layers[:1]
+        adapter.add_feature_maps(some)
+        assert adapter.config.feature_maps == tuple(some) and torch.equal(tiny(), raw)
+        adapter.add_feature_maps(adapter.layers)
+        assert set(adapter.config.feature_maps) == set(adapter.layers)
+        stir(adapter)
+        mapped = tiny()
+        adapter.save_pretrained(tmp_path)
+        loaded = load_adapter(fresh.model, tmp_path)
+        assert loaded.config == adapter.config and torch.equal(fresh(), mapped)
+        assert torch.equal(tiny(copy.deepcopy(tiny.model)), mapped)
+        with adapter.disabled():
+            assert torch.equal(tiny(), native)
+    tiny().square().sum().backward()
+    for key, parameter in adapter.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+    restore(tiny.model)
+    assert torch.equal(tiny(), native)
+
+
+def test_feature_maps_belong_to_converted_layers():
+    tiny = build_rebound("sd3")
+    adapter = _convert(tiny)
+    with pytest.raises(ValueError, match="nowhere: no layer converted"):
+        adapter.add_feature_maps(["nowhere"])
+    assert adapter.config.feature_maps == ()
+
+
 @pytest.mark.parametrize("form", list_joints())
 @pytest.mark.parametrize("name", ["sd3", "flux", "mochi", "prx"])
 def test_both_ways_of_joining_and_without_a_convolution(name, form, tmp_path):
