@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.accelerator import Accelerator
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from flatten_diffusion import AdapterConfig, linearize, restore
@@ -47,10 +46,11 @@ from flatten_diffusion.mixers import (
     register_mixer,
 )
 from flatten_diffusion.scenes.grammar import sample_captions
-from flatten_diffusion.scenes.pipeline import PIPELINES, load_embedded
 from flatten_diffusion.scenes.render import render_folder
 
+from .errors import InputError
 from .files import write_json
+from .pipelines import load_pipeline
 from .versions import environment
 
 
@@ -240,24 +240,11 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def load_frozen(source: str) -> Any:
-    """The pipeline, frozen, on accelerate's device."""
-    if source in PIPELINES:
-        pipeline: Any = load_embedded(source)
-    else:
-        pipeline = DiffusionPipeline.from_pretrained(source)
-    for component in pipeline.components.values():
-        if isinstance(component, nn.Module):
-            component.requires_grad_(False)
-            component.eval()
-    return pipeline.to(Accelerator().device)
-
-
 def prepare(args: argparse.Namespace, temporary: Path) -> Budget:
     """Pipeline, settings and cached data; what can be wrong with the data's folder is found before anything loads.
 
     Raises:
-        OSError, ValueError: the data, the pipeline, or a setting.
+        OSError, ValueError, InputError: the data, the pipeline, or a setting.
     """
     examples = None if args.train_data_dir is None else image_folder(args.train_data_dir)
     settings = DistillSettings(
@@ -268,7 +255,9 @@ def prepare(args: argparse.Namespace, temporary: Path) -> Budget:
         finetune=StageSettings(args.max_train_steps, args.learning_rate, "cosine", 10),
     )
     config = AdapterConfig(min_tokens=args.min_tokens, include=None if args.include is None else tuple(args.include))
-    pipeline = load_frozen(args.pretrained_model_name_or_path)
+    device = Accelerator().device
+    pipeline = load_pipeline(args.pretrained_model_name_or_path, dtype="float32", device=device, offline=False)
+    resolve_model(pipeline).requires_grad_(False)
     if examples is None:
         captions = sample_captions(args.num_scenes, args.seed + 2, held_out=False)
         render_folder(captions, temporary / "scenes", args.resolution, args.seed + 2)
@@ -289,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         try:
             budget = prepare(args, Path(temporary))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, InputError) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         raw: Gap | None = None

@@ -23,7 +23,6 @@ from ..models import find_projection
 from .choose import ChoiceSettings, LayerChoice, choose_maps
 from .measure import (
     Batch,
-    Moments,
     Reduce,
     check_finite,
     in_full_precision,
@@ -31,10 +30,13 @@ from .measure import (
     output_error,
     patch_moments,
     project,
+    second_moments,
+    solve_ridge,
+    squared_errors,
     watch,
     weigh,
 )
-from .record import LayerCall
+from .record import LayerCall, MixerInputs
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _solve_convolutions(
         query, key = mixer.map_features(inputs.query, inputs.key)
         mapped = replace(inputs, query=query, key=key)
         linear = inputs.join(linear_part(mapped, mixer.spec.focusing_factor, mixer.scale))
-        missing = _wanted_product(call, mixer).reshape(linear.shape) - linear
+        missing = _wanted_product(call, mixer, inputs).reshape(linear.shape) - linear
         sums[call.name] = sums.get(call.name, 0) + patch_moments(inputs, missing, mixer.spec.kernel_size, batch)
 
     watch(adapter, batches, consume)
@@ -130,14 +132,12 @@ def _solve_convolutions(
             mixer.conv_bias.copy_(solution[:, -1])
 
 
-def _wanted_product(call: LayerCall, mixer: FocusedLinearAttention) -> torch.Tensor:
+def _wanted_product(call: LayerCall, mixer: FocusedLinearAttention, inputs: MixerInputs) -> torch.Tensor:
     """[B, N, C]: the product that behind the output delta gives the teacher's output; the teacher's own without one."""
     teacher = call.mixed.float()
     delta, projection = mixer.deltas["out"] if "out" in mixer.deltas else None, find_projection(call.attn, "out")
     if not isinstance(delta, ProjectionDelta) or projection is None or not bool(delta.matrix().any()):
         return teacher
-    inputs = call.mixer_inputs()
-    assert inputs is not None
     student = inputs.join(mixer(*inputs.arguments())).flatten(2).float()
     return _lead_back(teacher, student, projection.weight(call.attn).float(), delta)
 
@@ -161,7 +161,7 @@ def _solve_outputs(
     adapter: Adapter, batches: Sequence[Batch], settings: CalibrationSettings, reduce: Reduce
 ) -> dict[str, float]:
     """The output delta of every layer: ridge regression from the mixer's output to what the projection still misses."""
-    sums: dict[str, Moments] = {}
+    sums: dict[str, torch.Tensor] = {}
     errors: dict[str, torch.Tensor] = {}
 
     def consume(call: LayerCall, batch: Batch) -> None:
@@ -171,7 +171,8 @@ def _solve_outputs(
         errors[call.name] = errors.get(call.name, 0) + output_error(call, rows, batch)
         if "out" in call.mixer.deltas:
             missing = project(call, call.rows.float() - rows.float())
-            sums.setdefault(call.name, Moments()).add(rows, missing, batch)
+            moments = second_moments(rows.flatten(0, 1), missing.flatten(0, 1), batch.token_roots(rows))
+            sums[call.name] = sums.get(call.name, 0) + moments
 
     watch(adapter, batches, consume)
     total = {name: reduce(error) for name, error in errors.items()}
@@ -179,14 +180,13 @@ def _solve_outputs(
     for name, mixer in adapter.mixers():
         if name not in sums:
             continue
-        moments = sums[name].reduced(reduce)
-        check_finite(name, moments.second)
-        solution = moments.solve(settings.ridge)  # [out, in + 1], the last column the bias
-        delta = mixer.deltas["out"]
+        moments, delta = reduce(sums[name]), mixer.deltas["out"]
         assert isinstance(delta, ProjectionDelta)
-        features = moments.second[: moments.features, : moments.features]
-        delta.assign(solution[:, :-1].float(), solution[:, -1].float(), features)
-        left[name] = float(moments.residual_of(solution) / total[name][1])
+        check_finite(name, moments)
+        features = delta.matrix().shape[1]
+        solution = solve_ridge(moments, features, settings.ridge)  # [out, in + 1], the last column the bias
+        delta.assign(solution[:, :-1].float(), solution[:, -1].float(), moments[:features, :features])
+        left[name] = float(squared_errors(moments, solution) / total[name][1])
     return left
 
 

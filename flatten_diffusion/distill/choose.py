@@ -88,14 +88,14 @@ class _Candidates:
     def add(self, inputs: MixerInputs, product: torch.Tensor, batch: Batch) -> None:
         """product: the teacher's [B, N, H, D]."""
         local = [shared_part(inputs, feature) for feature in _local_features(inputs)]
-        wanted = by_head(product if inputs.rest is None else product - inputs.rest)
-        roots = batch.roots(product).expand(-1, product.shape[1], -1).flatten(0, 1)
+        wanted = _by_head(product if inputs.rest is None else product - inputs.rest)
+        roots = batch.token_roots(product)
         sums = []
         for choice in self.choices:
             query, key = apply_maps(inputs, self.moments.linear_maps([choice] * len(self.weights)))
             scale = self.moments.scale(choice.scale_exponent).to(query.device)
             linear = linear_part(replace(inputs, query=query, key=key), choice.power, scale)
-            features = by_head(torch.cat([shared_part(inputs, linear), *local], dim=-1))
+            features = _by_head(torch.cat([shared_part(inputs, linear), *local], dim=-1))
             self.features = features.shape[-1]
             sums.append(second_moments(features, wanted, roots))
         second = torch.stack(sums)
@@ -114,7 +114,7 @@ class _Candidates:
         return LayerChoice(power, exponent, tuple(heads))
 
 
-def by_head(tokens: torch.Tensor) -> torch.Tensor:
+def _by_head(tokens: torch.Tensor) -> torch.Tensor:
     """[B, N, H, D] -> [H, B N, D]."""
     return tokens.permute(2, 0, 1, 3).flatten(1, 2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -48,6 +48,10 @@ class Batch:
             return roots.new_ones(len(rows), 1, 1).to(rows.device)
         return roots.repeat_interleave(len(rows) // len(roots))[:, None, None].to(rows.device)
 
+    def token_roots(self, rows: torch.Tensor) -> torch.Tensor:
+        """[B' N, 1], the same for every token of [B', N, ...]."""
+        return self.roots(rows).expand(-1, rows.shape[1], -1).flatten(0, 1)
+
 
 @torch.no_grad()
 def weigh(adapter: Adapter, runs: Sequence[Callable[[], torch.Tensor]], reduce: Reduce) -> list[Batch]:
@@ -77,50 +81,20 @@ def weigh(adapter: Adapter, runs: Sequence[Callable[[], torch.Tensor]], reduce: 
 
 
 def watch(adapter: Adapter, batches: Sequence[Batch], consume: Callable[[LayerCall, Batch], None]) -> None:
+    """Run the teacher on each batch, without gradients, and hand over every call of a converted layer."""
     for batch in batches:
-        with torch.no_grad(), watch_teacher(adapter, partial(_in_batch, consume, batch)):
+
+        def consume_call(call: LayerCall, batch: Batch = batch) -> None:
+            consume(call, batch)
+
+        with torch.no_grad(), watch_teacher(adapter, consume_call):
             batch.run()
 
 
-def _in_batch(consume: Callable[[LayerCall, Batch], None], batch: Batch, call: LayerCall) -> None:
-    consume(call, batch)
-
-
-class Moments:
-    """Second moments of features and targets, summed over tokens, in float64 on CPU: all that a regression needs.
-
-    The features get a constant 1 behind them, which the ridge does not penalise.
-    """
-
-    def __init__(self) -> None:
-        self.features = 0
-        self.second = torch.zeros(0, 0, dtype=torch.float64)
-
-    @in_full_precision
-    def add(self, features: torch.Tensor, targets: torch.Tensor, batch: Batch) -> None:
-        """features [B, N, F], targets [B, N, T], float."""
-        roots = batch.roots(features).expand(-1, features.shape[1], -1).flatten(0, 1)
-        second = second_moments(features.flatten(0, 1), targets.flatten(0, 1), roots)
-        self.features = features.shape[-1]
-        self.second = second if not self.second.numel() else self.second + second
-
-    def reduced(self, reduce: Reduce) -> Moments:
-        total = Moments()
-        total.features, total.second = self.features, reduce(self.second)
-        return total
-
-    def solve(self, ridge: float) -> torch.Tensor:
-        """[T, F + 1]: the regression's matrix and, in the last column, its intercept."""
-        return solve_ridge(self.second, self.features, ridge)
-
-    def residual_of(self, solution: torch.Tensor) -> float:
-        """Sum of squared errors of a solution."""
-        return float(squared_errors(self.second, solution))
-
-
+@in_full_precision
 def second_moments(features: torch.Tensor, targets: torch.Tensor, roots: torch.Tensor) -> torch.Tensor:
     """[..., F + 1 + T, F + 1 + T] in float64 on CPU of features [..., R, F], 1 and targets [..., R, T], all times the
-    roots [R, 1] of what the rows count."""
+    roots [R, 1] of what the rows count: all that a regression needs."""
     ones = torch.ones_like(features[..., :1], dtype=torch.float32)
     rows = torch.cat([features.float(), ones, targets.float()], dim=-1) * roots
     return (rows.transpose(-1, -2) @ rows).double().cpu()
@@ -179,12 +153,8 @@ def patch_moments(inputs: MixerInputs, missing: torch.Tensor, kernel_size: int, 
     roots = batch.roots(missing)[..., None]
     missing = missing * roots
     shares = roots * (torch.ones_like(missing[..., :1]) if inputs.share is None else inputs.share)
-    for values, targets, weights in zip(
-        frames_of(inputs.value, inputs.grid),
-        frames_of(missing, inputs.grid),
-        frames_of(shares, inputs.grid),
-        strict=True,
-    ):
+    pictures = zip(*(frames_of(tokens, inputs.grid) for tokens in (inputs.value, missing, shares)), strict=True)
+    for values, targets, weights in pictures:
         for image, target, weight in zip(values.split(32), targets.split(32), weights.split(32), strict=True):
             patches = F.unfold(image, kernel_size, padding=kernel_size // 2)  # bounded by the split
             patches = patches.reshape(len(image), head_dim, taps, -1).permute(1, 2, 0, 3).flatten(2)  # [D, K K, B H N]
@@ -212,5 +182,6 @@ def output_error(call: LayerCall, student: torch.Tensor, batch: Batch) -> torch.
 
 
 def check_finite(name: str, moments: torch.Tensor) -> None:
+    """Raise ValueError, naming the layer, unless all of its moments are finite."""
     if not moments.isfinite().all():
         raise ValueError(f"{name}: the teacher's activations are not finite: run calibration in float32 or bfloat16.")

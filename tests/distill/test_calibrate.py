@@ -11,7 +11,14 @@ import torch.nn.functional as F
 
 from flatten_diffusion import AdapterConfig, linearize, load_adapter, restore
 from flatten_diffusion.distill import CalibrationSettings, calibrate
-from flatten_diffusion.distill.measure import Batch, Moments, patch_moments, weigh
+from flatten_diffusion.distill.measure import (
+    Batch,
+    patch_moments,
+    second_moments,
+    solve_ridge,
+    squared_errors,
+    weigh,
+)
 from flatten_diffusion.distill.record import LayerCall, MixerInputs, watch_teacher
 from flatten_diffusion.mixers import FocusedLinearAttention
 
@@ -115,13 +122,16 @@ def test_samples_count_by_what_their_errors_do_to_the_prediction() -> None:
     assert found.std() > 0.01
 
 
+def moments_of(features: torch.Tensor, targets: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return second_moments(features.flatten(0, 1), targets.flatten(0, 1), batch.token_roots(features))
+
+
 def test_a_sample_that_counts_twice_is_a_sample_seen_twice() -> None:
     generator = torch.Generator().manual_seed(3)
     features, targets = torch.randn(2, 20, 4, generator=generator), torch.randn(2, 20, 3, generator=generator)
-    weighted, repeated = Moments(), Moments()
-    weighted.add(features, targets, Batch(lambda: features, torch.tensor([2.0, 1.0])))
-    repeated.add(features[[0, 0, 1]], targets[[0, 0, 1]], even(3))
-    assert torch.allclose(weighted.second, repeated.second, rtol=1e-5)
+    weighted = moments_of(features, targets, Batch(lambda: features, torch.tensor([2.0, 1.0])))
+    repeated = moments_of(features[[0, 0, 1]], targets[[0, 0, 1]], even(3))
+    assert torch.allclose(weighted, repeated, rtol=1e-5)
     value, missing = torch.randn(2, 15, 2, 3, generator=generator), torch.randn(2, 15, 2, 3, generator=generator)
 
     def equations(samples: list[int], batch: Batch) -> torch.Tensor:
@@ -157,16 +167,16 @@ def test_moments_are_ridge_regression() -> None:
     generator = torch.Generator().manual_seed(2)
     features = torch.randn(50, 4, generator=generator, dtype=torch.float64)
     targets = torch.randn(50, 3, generator=generator, dtype=torch.float64) + 2
-    moments = Moments()
-    moments.add(features[None, :20], targets[None, :20], even(1))
-    moments.add(features[None, 20:], targets[None, 20:], even(1))
+    moments = moments_of(features[None, :20], targets[None, :20], even(1))
+    moments = moments + moments_of(features[None, 20:], targets[None, 20:], even(1))
     design = torch.cat([features, torch.ones(50, 1, dtype=torch.float64)], dim=1)
     plain = torch.linalg.lstsq(design, targets).solution
-    assert torch.allclose(moments.solve(0.0).T, plain, atol=1e-5)
-    assert moments.residual_of(plain.T) == pytest.approx(float((design @ plain - targets).square().sum()), rel=1e-5)
+    assert torch.allclose(solve_ridge(moments, 4, 0.0).T, plain, atol=1e-5)
+    left = float((design @ plain - targets).square().sum())
+    assert float(squared_errors(moments, plain.T)) == pytest.approx(left, rel=1e-5)
     penalty = (0.1 * features.square().sum(0).mean()).sqrt() * torch.eye(4, 5, dtype=torch.float64)
     augmented = torch.linalg.lstsq(torch.cat([design, penalty]), F.pad(targets, (0, 0, 0, 4))).solution
-    assert torch.allclose(moments.solve(0.1).T, augmented, atol=1e-5)
+    assert torch.allclose(solve_ridge(moments, 4, 0.1).T, augmented, atol=1e-5)
 
 
 def test_processes_together_solve_what_one_would() -> None:
@@ -238,9 +248,9 @@ def test_autocast_does_not_reach_the_equations() -> None:
     value, missing = torch.randn(1, 15, 2, 3, generator=generator), torch.randn(1, 15, 2, 3, generator=generator)
 
     def solve() -> tuple[torch.Tensor, torch.Tensor]:
-        moments = Moments()
-        moments.add(features, targets, even(1))
-        return moments.second, patch_moments(MixerInputs(value, value, value, (3, 5)), missing, 3, even(1))
+        return moments_of(features, targets, even(1)), patch_moments(
+            MixerInputs(value, value, value, (3, 5)), missing, 3, even(1)
+        )
 
     expected = solve()
     with torch.autocast("cpu", torch.bfloat16):

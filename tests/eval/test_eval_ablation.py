@@ -12,7 +12,7 @@ from eval import ablation
 def test_data_that_cannot_be_used_is_said_before_the_pipeline_loads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ablation, "load_frozen", lambda source: pytest.fail("loaded the pipeline"))
+    monkeypatch.setattr(ablation, "load_pipeline", lambda *args, **kwargs: pytest.fail("loaded the pipeline"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "listed").mkdir()
     (tmp_path / "listed" / "metadata.jsonl").write_text("no json\n")
