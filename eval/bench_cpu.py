@@ -70,7 +70,7 @@ def bfloat16_row(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """The operator in float32 and in bfloat16, side by side."""
     generator = torch.Generator().manual_seed(options.seed)
     query, key, value = (torch.randn(1, tokens, 8, 40, generator=generator) for _ in range(3))
-    weight = torch.randn(40, 1, 5, 5, generator=generator)
+    weight = torch.randn(8 * 40, 1, 5, 5, generator=generator)
     grid = bench_operator.most_square_grid(tokens)
     variants: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -82,7 +82,7 @@ def variants(options: argparse.Namespace, tokens: int) -> dict[str, Callable[[],
     )
     extra: dict[str, Any] = {"focusing_factor": options.focusing_factor}
     if options.kernel_size:
-        size = (options.head_dim, 1, options.kernel_size, options.kernel_size)
+        size = (options.heads * options.head_dim, 1, options.kernel_size, options.kernel_size)
         extra |= {"conv_weight": torch.randn(size, generator=generator).to(device, dtype)}
         extra |= {"grid": most_square_grid(tokens)}
     upstream = torch.randn(query.shape, generator=generator).to(device, dtype)

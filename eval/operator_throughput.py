@@ -105,7 +105,7 @@ def _candidates(
 def _convolution(query: torch.Tensor, kernel_size: int) -> dict[str, Any]:
     if kernel_size == 0:
         return {}
-    tokens, dim = query.shape[1], query.shape[3]
+    tokens, channels = query.shape[1], query.shape[2] * query.shape[3]
     height = next(side for side in range(math.isqrt(tokens), 0, -1) if tokens % side == 0)
-    weight = torch.randn(dim, 1, kernel_size, kernel_size, device=query.device, dtype=query.dtype)
+    weight = torch.randn(channels, 1, kernel_size, kernel_size, device=query.device, dtype=query.dtype)
     return {"conv_weight": weight, "grid": (height, tokens // height)}

@@ -27,7 +27,7 @@ from .sources import Example
 
 logger = logging.get_logger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _LATENTS, _INDEX, _BROKEN = "latents", "index", "broken"
 
 

@@ -3,7 +3,7 @@
 Per layer, and without gradients: the focusing power, the scale and the query and key maps (see `maps`) by the residual
 that they leave; the depthwise kernel by least squares on (softmax - linear); then the output projection by ridge
 regression towards the teacher's output. Maps and output are kept as the adapter's projection deltas; the base weights
-are only read. Of joint layers, the same for the picture's share of their product; how they share stays as it is.
+are only read. Of joint layers, the same for the picture's share of their product, and how they share (see `share`).
 
 Every sample counts by how far the prediction moves when its layers err (see `weigh`): at low noise the same error in
 an attention layer can cost a hundred times what it costs at high noise.
@@ -37,6 +37,7 @@ from .measure import (
     weigh,
 )
 from .record import LayerCall, MixerInputs
+from .share import fit_shares
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def calibrate(
         raise ValueError("Calibration needs at least one batch.")
     batches = weigh(adapter, runs, reduce)
     adapter.add_deltas(("out",), adapter.config.delta_rank)
+    fit_shares(adapter, batches[: settings.selection_batches], reduce)
     choices, before = choose_maps(adapter, batches[: settings.selection_batches], settings, reduce)
     after: dict[str, float] = {}
     for _ in range(settings.rounds):
@@ -125,11 +127,11 @@ def _solve_convolutions(
         moments = reduce(sums[name])
         gram, cross = moments[..., :-1], moments[..., -1:]
         check_finite(name, moments)
-        penalty = settings.ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        penalty = settings.ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         solution = torch.linalg.solve(gram + penalty * torch.eye(gram.shape[-1], dtype=gram.dtype), cross)[..., 0]
         with torch.no_grad():
-            mixer.conv_weight.copy_(solution[:, :-1].reshape(mixer.conv_weight.shape))
-            mixer.conv_bias.copy_(solution[:, -1])
+            mixer.conv_weight.copy_(solution[..., :-1].reshape(mixer.conv_weight.shape))
+            mixer.conv_bias.copy_(solution[..., -1].flatten())
 
 
 def _wanted_product(call: LayerCall, mixer: FocusedLinearAttention, inputs: MixerInputs) -> torch.Tensor:

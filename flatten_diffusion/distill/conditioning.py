@@ -7,6 +7,7 @@ its pipeline feeds it (see `denoiser_call`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,12 @@ from diffusers.utils import logging
 from torch import nn
 
 from .denoiser_call import Conditioning, can_record, is_shared, record_rows, record_shared, replay
+from .equal_tokens import CountedLastKey, can_count, merge_zeros, repeat_last
 
 logger = logging.get_logger(__name__)
+
+LAST_TOKEN_COUNTS = "last_token_counts"
+"""Conditioning [B]: how many equal text tokens the last one of `encoder_hidden_states` stands for."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,10 @@ def _encode_joint(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) 
     embeddings, _, pooled, _ = pipeline.encode_prompt(
         list(prompts), prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
     )
-    return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+    conditioning = {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+    if pipeline.text_encoder_3 is None:
+        conditioning["encoder_hidden_states"], conditioning[LAST_TOKEN_COUNTS] = merge_zeros(embeddings)
+    return conditioning
 
 
 def _joint_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
@@ -189,13 +197,21 @@ def predict(
     if family.recorded:
         recorded: torch.Tensor = network(**replay(model, noisy.to(dtype), timesteps, inputs), return_dict=False)[0]
         return recorded
+    counted: AbstractContextManager[Any] = nullcontext()
+    if LAST_TOKEN_COUNTS in inputs:
+        counts = inputs.pop(LAST_TOKEN_COUNTS)
+        if can_count(model):
+            counted = CountedLastKey(counts)
+        else:
+            inputs["encoder_hidden_states"] = repeat_last(inputs["encoder_hidden_states"], counts)
     arguments = {family.sample: noisy.to(dtype), "timestep": timesteps, **family.arguments(model, inputs)}
     if family.packed:
         height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
         arguments[family.sample] = pack_latents(arguments[family.sample])
         arguments["img_ids"] = _positions(height, width).to(noisy.device, dtype)
         arguments["timestep"] = (timesteps / 1000).to(dtype)
-    output: torch.Tensor = network(**arguments, return_dict=False)[0]
+    with counted:
+        output: torch.Tensor = network(**arguments, return_dict=False)[0]
     return unpack_latents(output, (height, width)) if family.packed else output
 
 

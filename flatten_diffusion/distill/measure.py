@@ -95,7 +95,7 @@ def watch(adapter: Adapter, batches: Sequence[Batch], consume: Callable[[LayerCa
 def second_moments(features: torch.Tensor, targets: torch.Tensor, roots: torch.Tensor) -> torch.Tensor:
     """[..., F + 1 + T, F + 1 + T] in float64 on CPU of features [..., R, F], 1 and targets [..., R, T], all times the
     roots [R, 1] of what the rows count: all that a regression needs."""
-    ones = torch.ones_like(features[..., :1], dtype=torch.float32)
+    ones = torch.ones_like(targets[..., :1], dtype=torch.float32)
     rows = torch.cat([features.float(), ones, targets.float()], dim=-1) * roots
     return (rows.transpose(-1, -2) @ rows).double().cpu()
 
@@ -146,22 +146,24 @@ def frames_of(tokens: torch.Tensor, grid: Grid) -> list[torch.Tensor]:
 
 @in_full_precision
 def patch_moments(inputs: MixerInputs, missing: torch.Tensor, kernel_size: int, batch: Batch) -> torch.Tensor:
-    """[D, K * K + 1, K * K + 2] in float64: per channel, the normal equations of the kernel and bias."""
+    """[H, D, K * K + 1, K * K + 2] in float64: per channel, the normal equations of the kernel and bias."""
     assert inputs.grid is not None
-    head_dim, taps = missing.shape[-1], kernel_size * kernel_size
-    total = torch.zeros(head_dim, taps + 1, taps + 2, dtype=torch.float64)
+    heads, head_dim, taps = *missing.shape[-2:], kernel_size * kernel_size
+    total = torch.zeros(heads, head_dim, taps + 1, taps + 2, dtype=torch.float64)
     roots = batch.roots(missing)[..., None]
     missing = missing * roots
     shares = roots * (torch.ones_like(missing[..., :1]) if inputs.share is None else inputs.share)
     pictures = zip(*(frames_of(tokens, inputs.grid) for tokens in (inputs.value, missing, shares)), strict=True)
-    for values, targets, weights in pictures:
-        for image, target, weight in zip(values.split(32), targets.split(32), weights.split(32), strict=True):
-            patches = F.unfold(image, kernel_size, padding=kernel_size // 2)  # bounded by the split
-            patches = patches.reshape(len(image), head_dim, taps, -1).permute(1, 2, 0, 3).flatten(2)  # [D, K K, B H N]
-            patches = torch.cat([patches, patches.new_ones(head_dim, 1, patches.shape[-1])], dim=1)
-            patches = patches * weight.reshape(1, 1, -1)
-            wanted = target.permute(1, 0, 2, 3).reshape(head_dim, 1, -1)
-            total += (patches @ torch.cat([patches, wanted], dim=1).transpose(1, 2)).double().cpu()
+    for picture in pictures:
+        for head in range(heads):
+            parts = (tokens[head::heads].split(32) for tokens in picture)  # bounds the patches
+            for values, targets, weights in zip(*parts, strict=True):
+                patches = F.unfold(values, kernel_size, padding=kernel_size // 2)
+                patches = patches.reshape(len(values), head_dim, taps, -1).permute(1, 2, 0, 3).flatten(2)
+                patches = torch.cat([patches, patches.new_ones(head_dim, 1, patches.shape[-1])], dim=1)  # [D, taps, N]
+                patches = patches * weights.reshape(1, 1, -1)
+                wanted = targets.permute(1, 0, 2, 3).reshape(head_dim, 1, -1)
+                total[head] += (patches @ torch.cat([patches, wanted], dim=1).transpose(1, 2)).double().cpu()
     return total
 
 

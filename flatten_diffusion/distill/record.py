@@ -77,6 +77,21 @@ class LayerCall:
         rest, share = (torch.cat(parts) for parts in zip(*joined, strict=True)) if joined else (None, None)
         return MixerInputs(query, key, value, caught[0][3], mask, rest, share)
 
+    def joint_inputs(self) -> list[JointInputs]:
+        """What the mixer's `joint` is given in `student()`, sample by sample where the layer runs so (Mochi); empty
+        where there is none, or this call stays softmax."""
+        joint = self.mixer.joint
+        if joint is None:
+            return []
+        values: list[torch.Tensor] = []
+        caught: list[tuple[Any, ...]] = []
+        handles = [
+            self.mixer.register_forward_pre_hook(lambda _, args: values.append(args[2])),
+            joint.register_forward_pre_hook(lambda _, args: caught.append(args[1:])),
+        ]
+        self._run_student(handles)
+        return [_joint_inputs(value, *args) for value, args in zip(values, caught, strict=True)]
+
     def student_rows(self) -> torch.Tensor | None:
         """`rows` of the student; None where this call stays softmax."""
         projection = find_projection(self.attn, "out")
@@ -128,6 +143,41 @@ class MixerInputs:
     def join(self, mixed: torch.Tensor) -> torch.Tensor:
         """The layer's product from the mixer's, both [B, N, H, D]."""
         return mixed if self.rest is None or self.share is None else self.rest + self.share * mixed
+
+
+@dataclass(frozen=True)
+class JointInputs:
+    """What joins a joint layer's picture and its other tokens ("text").
+
+    Attributes:
+        query: [B, N, H, D], of the picture; key, value: [B, M, H, D], of the picture.
+        text_key, text_value: [B, T, H, D].
+        key_mask, text_mask: bool [B, M] and [B, T], True where a key counts, or None.
+        scale: of the softmax.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    text_key: torch.Tensor
+    text_value: torch.Tensor
+    key_mask: torch.Tensor | None
+    text_mask: torch.Tensor | None
+    scale: float
+
+
+def _joint_inputs(
+    value: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    text_key: torch.Tensor,
+    text_value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    text_mask: torch.Tensor | None,
+    scale: float | None,
+) -> JointInputs:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return JointInputs(query, key, value, text_key, text_value, key_mask, text_mask, scale)
 
 
 def _one_tensor(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -13,17 +13,19 @@ from .base import (
 )
 from .deltas import PROJECTIONS, ProjectionDelta
 from .focused import FeatureMap, FocusedLinearAttention
-from .joint import JointAttention, list_joints
+from .joint import GatedBranches, JointAttention, SharedNormalizer, list_joints
 
 __all__ = [
     "PROJECTIONS",
     "FeatureMap",
     "FocusedLinearAttention",
     "Grid",
+    "GatedBranches",
     "JointAttention",
     "Mixer",
     "MixerSpec",
     "ProjectionDelta",
+    "SharedNormalizer",
     "count_tokens",
     "create_mixer",
     "describe_grid",

@@ -38,8 +38,9 @@ class FocusedLinearAttention(Mixer):
     Parameters (all start where they change nothing):
         log_scale: [heads * head_dim], zeros. `exp(log_scale)` divides query and key inside the map: positive, and
             exactly 1 at the start in every dtype.
-        conv_weight: [head_dim, 1, K, K], zeros, and conv_bias: [head_dim], zeros: the depthwise convolution of the
-            values on the token grid, one kernel shared by the heads. Absent when `spec.kernel_size` is 0.
+        conv_weight: [heads * head_dim, 1, K, K], zeros, and conv_bias: [heads * head_dim], zeros: the depthwise
+            convolution of the values on the token grid. The paper's one kernel for all heads costs as much, and heads
+            differ in how far they look. Absent when `spec.kernel_size` is 0.
         query_map, key_map: see `FeatureMap`. Absent without `spec.feature_maps`.
 
     Source: Han et al., "FLatten Transformer: Vision Transformer using Focused Linear Attention", ICCV 2023, eq. 5-8.
@@ -52,8 +53,9 @@ class FocusedLinearAttention(Mixer):
         self.conv_weight: nn.Parameter | None = None
         self.conv_bias: nn.Parameter | None = None
         if self.uses_grid:
-            self.conv_weight = nn.Parameter(torch.zeros(spec.head_dim, 1, spec.kernel_size, spec.kernel_size))
-            self.conv_bias = nn.Parameter(torch.zeros(spec.head_dim))
+            channels = spec.heads * spec.head_dim
+            self.conv_weight = nn.Parameter(torch.zeros(channels, 1, spec.kernel_size, spec.kernel_size))
+            self.conv_bias = nn.Parameter(torch.zeros(channels))
         self.query_map: FeatureMap | None = None
         self.key_map: FeatureMap | None = None
         if spec.feature_maps:

@@ -20,10 +20,10 @@ from torch import nn
 
 
 class JointAttention(nn.Module):
-    """Base of the forms. One parameter: `bias` [heads], zeros, added to the log-odds of g_i.
+    """Base of the forms. `bias` [heads], zeros, is added to the log-odds of g_i.
 
-    Source: the softmax's own partition, exp(q.k) over P and T, is what both forms approximate; at `bias` = 0 neither
-    needs training.
+    Source: the softmax's own partition, exp(q.k) over P and T, is what both forms approximate; with all their
+    parameters at zero, where they start, neither needs training.
     """
 
     def __init__(self, heads: int) -> None:
@@ -63,11 +63,17 @@ class SharedNormalizer(JointAttention):
     Z_T = sum over T of exp(s q_i.k_m) is exact. Z_P is estimated without looking at the keys one by one, from their
     number n, mean m and covariance C: the scores of query i have mean a = s q_i.m and variance v = s^2 q_i^T C q_i, and
 
-        log Z_P = bias_h + a + (log n + v / 2   if v < 2 log n,   else   sqrt(2 v log n)),
+        log Z_P = bias_h + log n + (1 + gain_h0) a + (1 + gain_h1) b,
+        b = v / 2   if v < 2 log n,   else   sqrt(2 v log n) - log n,
 
-    exact for normal scores as n grows; beyond v = 2 log n the largest score dominates the sum.
+    exact at zero bias and gain for normal scores as n grows; beyond v = 2 log n the largest score dominates the sum.
+    Scores of trained models are not normal: calibration fits the `gain` [heads, 2] and the bias to their own log Z_P.
     Source: Derrida, "Random-energy model", Phys. Rev. B 24, 1981 (the free energy and its freezing).
     """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__(heads)
+        self.gain = nn.Parameter(torch.zeros(heads, 2))
 
     def parts(
         self,
@@ -80,8 +86,10 @@ class SharedNormalizer(JointAttention):
         scale: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        log_mass = estimate_log_mass(query, picture_key, picture_mask, scale)
-        return _softmax_with_sink(query, key, value, mask, scale, log_mass + self.bias.to(log_mass.dtype))
+        log_count, average, spread = estimate_log_mass(query, picture_key, picture_mask, scale)
+        gain = 1 + self.gain.to(average.dtype)
+        log_mass = log_count + gain[:, 0] * average + gain[:, 1] * spread + self.bias.to(average.dtype)
+        return softmax_with_sink(query, key, value, mask, scale, log_mass)
 
 
 class GatedBranches(JointAttention):
@@ -101,7 +109,7 @@ class GatedBranches(JointAttention):
         scale: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        odds = _log_count(picture_key, picture_mask) - _log_count(key, mask)  # [B]
+        odds = log_odds_of_counts(picture_key, picture_mask, key, mask)
         bias = self.bias.to(odds.dtype)
         if mask is not None:  # without any key the share is 1, but softmax would give NaN
             mask = mask | ~mask.any(dim=1, keepdim=True)
@@ -131,10 +139,13 @@ def create_joint(name: str, heads: int) -> JointAttention:
     return _FORMS[name](heads)
 
 
-def estimate_log_mass(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """log of the sum over keys of exp(scale q.k), from the keys' number, mean and covariance; see `SharedNormalizer`.
+def estimate_log_mass(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log n [B, 1, 1], a and b [B, N, H] of `SharedNormalizer`, whose sum estimates the log of the sum over keys of
+    exp(scale q.k); in float32 (float64 for float64).
 
-    query [B, N, H, D], key [B, M, H, D], mask bool [B, M] or None -> [B, N, H] in float32 (float64 for float64).
+    query [B, N, H, D], key [B, M, H, D], mask bool [B, M] or None.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     if mask is None:
@@ -156,11 +167,11 @@ def estimate_log_mass(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor
     average = (queries.to(dtype) @ mean.unsqueeze(-1)).squeeze(-1) * scale
     log_count = log_count[:, None, None]
     frozen = (2 * variance * log_count).clamp(min=1e-12).sqrt()
-    spread = torch.where(variance < 2 * log_count, log_count + variance / 2, frozen)
-    return (average + spread).transpose(1, 2)
+    spread = torch.where(variance < 2 * log_count, variance / 2, frozen - log_count)
+    return log_count, average.transpose(1, 2), spread.transpose(1, 2)
 
 
-def _softmax_with_sink(
+def softmax_with_sink(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -168,7 +179,7 @@ def _softmax_with_sink(
     scale: float,
     log_mass: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention with one more key, of score `log_mass` [B, N, H] and value zero; and that key's weight.
+    """Softmax attention with one more key before all, of score `log_mass` [B, N, H] and value zero; and its weight.
 
     Every fused kernel can do it: the score comes in by two more channels of the query (a value and what rounding left
     of it, so that half precision does not blur it), and a channel of ones in the values gives the weight that is left.
@@ -182,14 +193,21 @@ def _softmax_with_sink(
     nothing = query.new_zeros(batch, tokens, heads, extra - 2)
     queries = torch.cat([query, high.unsqueeze(-1), low.unsqueeze(-1), nothing], dim=-1)
     sink = F.pad(key.new_ones(batch, 1, heads, 2), (head_dim, extra - 2))
-    keys = torch.cat([F.pad(key, (0, extra)), sink], dim=1)
+    keys = torch.cat([sink, F.pad(key, (0, extra))], dim=1)
     ones = F.pad(value.new_ones(*value.shape[:3], 1), (0, extra - 1))
-    values = F.pad(torch.cat([value, ones], dim=-1), (0, 0, 0, 0, 0, 1))
-    keep = None if mask is None else F.pad(mask, (0, 1), value=True)
+    values = F.pad(torch.cat([value, ones], dim=-1), (0, 0, 0, 0, 1, 0))
+    keep = None if mask is None else F.pad(mask, (1, 0), value=True)
     output = F.scaled_dot_product_attention(
         queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), _broadcast(keep), scale=scale
     ).transpose(1, 2)
     return output[..., :head_dim], 1 - output[..., head_dim : head_dim + 1]
+
+
+def log_odds_of_counts(
+    picture_key: torch.Tensor, picture_mask: torch.Tensor | None, key: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """[B]: log n_P - log n_T of `GatedBranches`."""
+    return _log_count(picture_key, picture_mask) - _log_count(key, mask)
 
 
 def _log_count(key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

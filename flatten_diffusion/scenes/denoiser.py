@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
-from torch.overrides import TorchFunctionMode
+
+from ..distill.equal_tokens import CountedLastKey
 
 T5_TOKENS = 256
 """Tokens that StableDiffusion3Pipeline reserves for a T5 encoder, all zero when there is none."""
@@ -31,8 +29,7 @@ class UNetDenoiser(torch.nn.Module):
 class JointDenoiser(torch.nn.Module):
     """Both text encoders and the transformer of a StableDiffusion3Pipeline without T5.
 
-    The tokens that stand for T5 are equal and have no positions, so they stay equal in every block: one of them,
-    weighted by their number wherever it is a key, gives what all of them give.
+    The tokens that stand for T5 are one that counts as often, see `flatten_diffusion.distill.equal_tokens`.
     """
 
     def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
@@ -45,7 +42,8 @@ class JointDenoiser(torch.nn.Module):
         outputs = [encoder(tokens, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
         prompt = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
-        with _WeightedLastKey(T5_TOKENS):
+        counts = torch.full((len(tokens),), T5_TOKENS, device=tokens.device)
+        with CountedLastKey(counts):
             prediction: torch.Tensor = self.denoiser(
                 hidden_states=noisy,
                 timestep=timesteps,
@@ -53,23 +51,6 @@ class JointDenoiser(torch.nn.Module):
                 pooled_projections=pooled,
             ).sample
         return prediction
-
-
-class _WeightedLastKey(TorchFunctionMode):
-    """Within it, the last key of every scaled dot-product attention counts `weight` times."""
-
-    def __init__(self, weight: int) -> None:
-        super().__init__()
-        self.bias = math.log(weight)
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        query, key = args[:2]
-        mask = torch.zeros(1, 1, 1, key.shape[-2], dtype=query.dtype, device=query.device)
-        mask[..., -1] = self.bias
-        return function(*args, **{**kwargs, "attn_mask": mask.expand(-1, -1, query.shape[-2], -1)})
 
 
 def denoiser_of(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline) -> UNetDenoiser | JointDenoiser:

@@ -153,14 +153,14 @@ def test_a_prediction_that_does_not_move_counts_as_one() -> None:
 def test_kernel_equations_are_least_squares() -> None:
     generator = torch.Generator().manual_seed(1)
     value = torch.randn(2, 15, 2, 3, generator=generator)
-    kernel, bias = torch.randn(3, 1, 3, 3, generator=generator), torch.randn(3, generator=generator)
-    images = value.permute(0, 2, 3, 1).reshape(4, 3, 3, 5)
-    convolved = F.conv2d(images, kernel, bias, padding=1, groups=3)
+    kernel, bias = torch.randn(6, 1, 3, 3, generator=generator), torch.randn(6, generator=generator)
+    images = value.permute(0, 2, 3, 1).reshape(2, 6, 3, 5)
+    convolved = F.conv2d(images, kernel, bias, padding=1, groups=6)
     missing = convolved.reshape(2, 2, 3, 15).permute(0, 3, 1, 2)
     moments = patch_moments(MixerInputs(value, value, value, (3, 5)), missing, 3, even(2))
     solution = torch.linalg.solve(moments[..., :-1], moments[..., -1:])[..., 0]
-    assert torch.allclose(solution[:, :-1].reshape(3, 1, 3, 3), kernel.double(), atol=1e-4)
-    assert torch.allclose(solution[:, -1], bias.double(), atol=1e-4)
+    assert torch.allclose(solution[..., :-1].reshape(6, 1, 3, 3), kernel.double(), atol=1e-4)
+    assert torch.allclose(solution[..., -1].flatten(), bias.double(), atol=1e-4)
 
 
 def test_moments_are_ridge_regression() -> None:

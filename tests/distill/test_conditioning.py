@@ -5,9 +5,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import CLIPTextModelWithProjection
 
+from flatten_diffusion import AdapterConfig, linearize
 from flatten_diffusion.distill.conditioning import encode_prompts, family_of, pack_latents, predict, unpack_latents
+from flatten_diffusion.distill.equal_tokens import CountedLastKey, merge_zeros, repeat_last
 from flatten_diffusion.distill.latents import pixels_per_token_step
 
 from ..models.tiny import build
@@ -64,12 +67,54 @@ def test_sd3_prompts_and_call() -> None:
     encoded = encode_prompts(pipeline, pipeline.transformer, ["a red circle", ""], (32, 48))
     with torch.no_grad():
         embeddings, negative, pooled, negative_pooled = pipeline.encode_prompt("a red circle", None, None)
-    assert torch.allclose(encoded["encoder_hidden_states"], torch.cat([embeddings, negative]), atol=1e-5)
+    whole = torch.cat([embeddings, negative])
+    counts = encoded.pop("last_token_counts")
+    assert counts.tolist() == [256, 256] and encoded["encoder_hidden_states"].shape[1] == whole.shape[1] - 255
+    assert torch.allclose(repeat_last(encoded["encoder_hidden_states"], counts), whole, atol=1e-5)
     assert torch.allclose(encoded["pooled_projections"], torch.cat([pooled, negative_pooled]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["original", "shared_normalizer", "gated_branches", "checkpointing", "dual"])
+def test_an_equal_token_counts_as_often_as_it_stands_there(kind: str) -> None:
+    pipeline = tiny_sd3(dual=kind == "dual")
+    model = pipeline.transformer
+    encoded = encode_prompts(pipeline, model, ["a red circle", ""], (32, 48))
+    counted = kind in ("original", "shared_normalizer")
+    if kind == "checkpointing":
+        model.enable_gradient_checkpointing()
+    elif kind != "original":
+        joint = "gated_branches" if kind == "gated_branches" else "shared_normalizer"
+        linearize(model, AdapterConfig(joint=joint))
     noisy, timesteps = torch.randn(2, 4, 8, 12), torch.tensor([300.0, 900.0])
+    whole = repeat_last(encoded["encoder_hidden_states"], encoded["last_token_counts"])
+    seen: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
     with torch.no_grad():
-        expected = pipeline.transformer(noisy, timestep=timesteps, return_dict=False, **encoded)[0]
-    assert torch.equal(predict(pipeline.transformer, pipeline.transformer, noisy, timesteps, encoded), expected)
+        found = predict(model, model, noisy, timesteps, encoded)
+        handle.remove()
+        pooled = encoded["pooled_projections"]
+        expected = model(noisy, whole, pooled, timesteps, return_dict=False)[0]
+        wrong = model(noisy, encoded["encoder_hidden_states"], pooled, timesteps, return_dict=False)[0]
+    assert seen == [whole.shape[1] - 255 * counted]
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(wrong, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("filled", [0, 1, 4, 5])
+def test_zero_tokens_at_the_end_become_one(filled: int) -> None:
+    embeddings = torch.zeros(3, 5, 2)
+    embeddings[1, :filled] = 1.0  # the longest of the batch decides
+    merged, counts = merge_zeros(embeddings)
+    assert merged.shape[1] == min(filled + 1, 5)
+    assert torch.equal(repeat_last(merged, counts), embeddings)
+
+
+def test_a_mask_of_ones_own_cannot_be_counted() -> None:
+    query = torch.randn(1, 1, 3, 8)
+    with CountedLastKey(torch.tensor([4])), pytest.raises(RuntimeError, match="feed all tokens"):
+        F.scaled_dot_product_attention(query, query, query, torch.zeros(3, 3))
 
 
 def test_stable_diffusion_prompts() -> None:

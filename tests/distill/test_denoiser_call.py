@@ -29,6 +29,7 @@ from flatten_diffusion.distill.denoiser_call import (
     record_shared,
     replay,
 )
+from flatten_diffusion.distill.equal_tokens import repeat_last
 from flatten_diffusion.distill.latents import draw_latents, pixels_per_token_step
 from flatten_diffusion.distill.objective import Objective
 
@@ -43,6 +44,9 @@ def test_sd3_as_its_row_says() -> None:
     model = pipeline.transformer
     rows = record_rows(pipeline, model, PROMPTS, (32, 48))
     expected = encode_prompts(pipeline, model, PROMPTS, (32, 48))
+    expected["encoder_hidden_states"] = repeat_last(
+        expected["encoder_hidden_states"], expected.pop("last_token_counts")
+    )
     assert rows.keys() == expected.keys()
     assert all(torch.equal(rows[name], tensor) for name, tensor in expected.items())
     noisy, timesteps = torch.randn(3, 4, 8, 12), torch.tensor([300.0, 900.0, 17.5])

@@ -10,7 +10,9 @@ import torch
 from flatten_diffusion import AdapterConfig, linearize
 from flatten_diffusion.adapter import Adapter
 from flatten_diffusion.distill import CalibrationSettings, calibrate, transfer_step
+from flatten_diffusion.distill.measure import Batch
 from flatten_diffusion.distill.record import LayerCall, watch_teacher
+from flatten_diffusion.distill.share import fit_shares
 from flatten_diffusion.mixers import count_tokens, list_joints
 
 from ..models.tiny import stir
@@ -131,5 +133,48 @@ def test_the_convolution_of_a_joint_layer_is_solved_exactly() -> None:
             missing = inputs.join(mixer(*inputs.arguments())) - inputs.join(linear_part(inputs, 3.0, mixer.scale))
             moments = patch_moments(inputs, missing.float(), 3, Batch(tiny, torch.ones(1)))
             solution = torch.linalg.solve(moments[..., :-1], moments[..., -1:])[..., 0]
-        torch.testing.assert_close(solution[:, :-1].float(), mixer.conv_weight.flatten(1), rtol=1e-2, atol=1e-3)
-        torch.testing.assert_close(solution[:, -1].float(), mixer.conv_bias, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(
+            solution[..., :-1].flatten(0, 1).float(), mixer.conv_weight.flatten(1), rtol=1e-2, atol=1e-3
+        )
+        torch.testing.assert_close(solution[..., -1].flatten().float(), mixer.conv_bias, rtol=1e-2, atol=1e-3)
+
+
+def share_errors(adapter: Adapter, tiny: Rebound) -> dict[str, float]:
+    """Squared error of each joint layer's product were its linear part the true softmax over the picture."""
+    left: dict[str, float] = {}
+
+    def consume(call: LayerCall) -> None:
+        for sample, given in enumerate(call.joint_inputs()):
+            scores = torch.einsum("bnhd,bmhd->bnhm", given.query, given.key) * given.query.shape[-1] ** -0.5
+            if given.key_mask is not None:
+                scores = scores.masked_fill(~given.key_mask[:, None, None], -torch.inf)
+            picture = torch.einsum("bnhm,bmhd->bnhd", scores.softmax(-1), given.value)
+            arguments = (given.query, given.key, given.text_key, given.text_value, given.key_mask, given.text_mask)
+            joined = call.mixer.joint(picture, *arguments, given.scale)
+            wanted = call.mixed if len(joined) == len(call.mixed) else call.mixed[sample : sample + 1]
+            left[call.name] = left.get(call.name, 0.0) + float((joined.flatten(2) - wanted).square().sum())
+
+    with torch.no_grad(), watch_teacher(adapter, consume):
+        tiny()
+    return left
+
+
+@pytest.mark.parametrize("form", list_joints())
+@pytest.mark.parametrize("name", ["sd3", "lumina2", "hunyuanvideo", "mochi"])
+def test_shares_are_fitted_to_the_softmax(name: str, form: str) -> None:
+    tiny, adapter = converted(name, joint=form)
+    sharpen(tiny.model)
+    before = share_errors(adapter, tiny)
+    fit_shares(adapter, [Batch(tiny, torch.ones(2))], lambda tensor: tensor)
+    after = share_errors(adapter, tiny)
+    assert set(after) == {name for name, mixer in adapter.mixers() if mixer.joint is not None} != set()
+    for layer, error in before.items():
+        assert after[layer] < (0.9 if form == "shared_normalizer" else 1.0) * error, layer
+    if form == "gated_branches":  # one number per head: least squares has no better one
+        for moved in (-0.3, 0.3):
+            with torch.no_grad():
+                for _, mixer in adapter.mixers():
+                    if mixer.joint is not None:
+                        mixer.joint.bias.add_(moved)
+            assert all(error > after[layer] for layer, error in share_errors(adapter, tiny).items())
+            fit_shares(adapter, [Batch(tiny, torch.ones(2))], lambda tensor: tensor)

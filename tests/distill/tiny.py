@@ -79,8 +79,9 @@ def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiff
     return pipeline
 
 
-def tiny_sd3() -> diffusers.StableDiffusion3Pipeline:
-    """Flow matching, joint attention, two CLIP text encoders; the autoencoder of `tiny_pipeline`."""
+def tiny_sd3(dual: bool = False) -> diffusers.StableDiffusion3Pipeline:
+    """Flow matching, joint attention (`dual`: and a second over the picture), two CLIP text encoders, no T5; the
+    autoencoder of `tiny_pipeline`."""
     torch.manual_seed(0)
     base = tiny_pipeline()
     config = base.text_encoder.config
@@ -99,6 +100,7 @@ def tiny_sd3() -> diffusers.StableDiffusion3Pipeline:
             patch_size=2,
             in_channels=4,
             num_layers=1,
+            dual_attention_layers=(0,) if dual else (),
             attention_head_dim=8,
             num_attention_heads=2,
             joint_attention_dim=56,

@@ -123,7 +123,7 @@ def test_auto_takes_the_kernels_without_copies():
     assert resolve_backend("auto", "cuda", torch.float64, 40) == "eager"
     fused = torch.randn(2, 128 * 128, 3 * 320, device="cuda", dtype=torch.bfloat16)
     query, key, value = (t.unflatten(-1, (8, 40)) for t in fused.chunk(3, dim=-1))
-    weight = torch.randn(40, 1, 5, 5, device="cuda")
+    weight = torch.randn(8 * 40, 1, 5, 5, device="cuda")
     with torch.inference_mode():
         focused_linear_attention(query, key, value, conv_weight=weight, grid=(128, 128))
         torch.cuda.synchronize()

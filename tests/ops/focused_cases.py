@@ -33,8 +33,8 @@ def make_inputs(shape, dtype=torch.float64, device="cpu", kernel=3, seed=0, magn
         "key": draw(batch, tokens, heads, head_dim) * magnitude,
         "value": draw(batch, tokens, heads, head_dim),
         "scale": F.softplus(draw(heads * head_dim)),
-        "conv_weight": draw(head_dim, 1, kernel, kernel),
-        "conv_bias": draw(head_dim),
+        "conv_weight": draw(heads * head_dim, 1, kernel, kernel),
+        "conv_bias": draw(heads * head_dim),
         "grid": grid,
     }
 
@@ -84,7 +84,7 @@ def loop_focused_attention(
                 output[b, n, h] = numerator / normalizer
         if conv_weight is None:
             continue
-        kernel, (height, width) = conv_weight.double().numpy()[:, 0], grid
+        kernel, (height, width) = conv_weight.double().numpy().reshape(-1, head_dim, *conv_weight.shape[-2:]), grid
         reach = kernel.shape[-1] // 2
         for n in range(tokens):
             row, column = divmod(n, width)
@@ -92,9 +92,9 @@ def loop_focused_attention(
                 for j in range(kernel.shape[-1]):
                     y, x = row + i - reach, column + j - reach
                     if 0 <= y < height and 0 <= x < width and y * width + x in features:
-                        output[b, n] += kernel[:, i, j] * value[b, y * width + x]
+                        output[b, n] += kernel[:, :, i, j] * value[b, y * width + x]
             if conv_bias is not None:
-                output[b, n] += conv_bias.double().numpy()
+                output[b, n] += conv_bias.double().numpy().reshape(-1, head_dim)
     return torch.from_numpy(output)
 
 
@@ -113,8 +113,8 @@ def run_plain_with_gradients(inputs):
     normalizer = torch.einsum("bnhd,bhd->bnh", q, k.mean(dim=1)) + 1e-6
     state = torch.einsum("bmhd,bmhe->bhde", k / k.shape[1], value)
     output = torch.einsum("bnhd,bhde->bnhe", q, state) / normalizer[..., None]
-    images = value.permute(0, 2, 3, 1).reshape(-1, value.shape[3], *inputs["grid"])
-    local = F.conv2d(images, leaves["conv_weight"], leaves["conv_bias"], padding=1, groups=value.shape[3])
+    images = value.permute(0, 2, 3, 1).reshape(len(value), -1, *inputs["grid"])
+    local = F.conv2d(images, leaves["conv_weight"], leaves["conv_bias"], padding=1, groups=images.shape[1])
     output = output + local.reshape(value.shape[0], heads, value.shape[3], -1).permute(0, 3, 1, 2)
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     output.backward(direction.to(output))

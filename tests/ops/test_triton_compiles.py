@@ -81,8 +81,8 @@ def test_compiles_for_hopper(monkeypatch, dtype, heads, head_dim, grid, kernel, 
     tokens = math.prod(grid)
     query, key, value = torch.empty(2, tokens, 3, heads, head_dim, dtype=dtype).unbind(2)
     scale = torch.ones(heads * head_dim) if learned else None
-    weight = torch.zeros(head_dim, 1, kernel, kernel) if kernel else None
-    bias = torch.zeros(head_dim) if kernel else None
+    weight = torch.zeros(heads * head_dim, 1, kernel, kernel) if kernel else None
+    bias = torch.zeros(heads * head_dim) if kernel else None
     mask = torch.ones(2, tokens, dtype=torch.bool) if masked else None
     output, means, mean_key = launcher.forward(query, key, value, scale, weight, bias, mask, 3.0, grid)
     launcher.backward(

@@ -10,7 +10,7 @@ import os
 import torch
 
 from .operator import focused_linear_attention_operator
-from .reference import focused_linear_attention_reference
+from .reference import focused_linear_attention_reference, of_every_head
 
 BACKENDS = ("auto", "reference", "eager", "triton")
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -87,8 +87,9 @@ def focused_linear_attention(
         key, value: [B, M, H, D], same dtype and device as the query. M may differ from N.
         focusing_factor: the power p > 0 of the map. Larger is sharper; whole numbers are fastest.
         scale: [H * D], positive, divides relu(x) + 1e-6 of query and key; None means ones.
-        conv_weight: [D, 1, K, K], K odd: depthwise convolution of the values on the grid, one kernel for every head.
-        conv_bias: [D], added by the convolution.
+        conv_weight: [H * D, 1, K, K], K odd: depthwise convolution of the values on the grid; or [D, 1, K, K], one
+            kernel for every head, as in the paper.
+        conv_bias: as many, added by the convolution.
         grid: (height, width) of the tokens in row-major order; needed with `conv_weight`.
         key_mask: bool [B, M], True where a key counts. Masked keys and values weigh nothing, in the mean and in the
             convolution too, whatever they hold. A sample without any key gives zeros.
@@ -103,6 +104,8 @@ def focused_linear_attention(
         ValueError: shapes, dtypes or devices that do not fit together, or a backend that cannot run.
     """
     check_arguments(query, key, value, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask)
+    channels = query.shape[2] * query.shape[3]
+    conv_weight, conv_bias = of_every_head(conv_weight, channels), of_every_head(conv_bias, channels)
     device_type, dtype = query.device.type, call_dtype(query)
     name = resolve_backend(backend, query.device, dtype, query.shape[3])
     if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
@@ -206,14 +209,15 @@ def _check_parameters(
         if conv_bias is not None:
             raise ValueError("conv_bias is given without conv_weight: pass both or neither.")
     else:
-        kernel = conv_weight.shape[-1]
-        if tuple(conv_weight.shape) != (head_dim, 1, kernel, kernel) or kernel % 2 == 0:
+        rows, kernel = conv_weight.shape[0], conv_weight.shape[-1]
+        whole = rows in (head_dim, heads * head_dim) and kernel % 2 == 1
+        if tuple(conv_weight.shape) != (rows, 1, kernel, kernel) or not whole:
             raise ValueError(
-                f"conv_weight has shape {tuple(conv_weight.shape)}: pass [{head_dim}, 1, K, K] with K odd "
-                "(head_dim kernels, shared by the heads)."
+                f"conv_weight has shape {tuple(conv_weight.shape)}: pass [{heads * head_dim}, 1, K, K] with K odd, or "
+                f"[{head_dim}, 1, K, K], shared by the heads."
             )
-        if conv_bias is not None and tuple(conv_bias.shape) != (head_dim,):
-            raise ValueError(f"conv_bias has shape {tuple(conv_bias.shape)}: pass [{head_dim}], head_dim.")
+        if conv_bias is not None and tuple(conv_bias.shape) != (rows,):
+            raise ValueError(f"conv_bias has shape {tuple(conv_bias.shape)}: pass [{rows}], as many as kernels.")
         if grid is None:
             raise ValueError("conv_weight is given without grid: pass grid=(height, width) of the tokens.")
         if key.shape[1] != tokens:

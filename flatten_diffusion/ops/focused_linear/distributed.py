@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from . import eager
 from .dispatch import call_dtype, check_arguments, resolve_backend
-from .reference import compute_dtype
+from .reference import compute_dtype, of_every_head
 
 
 def even_rows(height: int, processes: int) -> tuple[int, ...]:
@@ -85,6 +85,8 @@ def split_focused_linear_attention(
     if conv_weight is not None and rows is None:
         raise ValueError("conv_weight is given without rows: pass the grid rows of every process.")
     check_arguments(query, key, value, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask)
+    channels = query.shape[2] * query.shape[3]
+    conv_weight, conv_bias = of_every_head(conv_weight, channels), of_every_head(conv_bias, channels)
     if backend == "reference":
         raise ValueError("backend 'reference' runs in one process: choose 'auto', 'eager' or 'triton'.")
     device_type, dtype = query.device.type, call_dtype(query)
@@ -207,7 +209,7 @@ def _add_across_cuts(
     above = min(sum(rows[:rank]), reach)
     near = min(height, reach)
     dtype = compute_dtype(value.dtype)
-    kernel = conv_weight.to(dtype).repeat(value.shape[2], 1, 1, 1)
+    kernel = conv_weight.to(dtype)
     lacking: list[tuple[int, torch.Tensor]] = []
     for first, neighbours, upper in ((0, received[:, :above], True), (height - near, received[:, above:], False)):
         count = neighbours.shape[1]

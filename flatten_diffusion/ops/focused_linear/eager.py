@@ -131,8 +131,8 @@ def query_output(
     batch, tokens, heads, head_dim = query.shape
     dtype = state.dtype
     inverse_scale = _inverse(scale, dtype)
-    kernel = None if conv_weight is None else conv_weight.to(dtype).repeat(heads, 1, 1, 1)
-    bias = None if conv_bias is None else conv_bias.to(dtype).repeat(heads)
+    kernel = None if conv_weight is None else conv_weight.to(dtype)
+    bias = None if conv_bias is None else conv_bias.to(dtype)
     output = query.new_empty((batch, tokens, heads, head_dim))
     row = 1 if kernel is None else grid[1]
     for sample in range(batch):
@@ -238,7 +238,7 @@ def convolution_backward(
     heads, head_dim = value.shape[2:]
     dtype = compute_dtype(value.dtype)
     row = grid[1]
-    kernel = conv_weight.to(dtype).repeat(heads, 1, 1, 1)
+    kernel = conv_weight.to(dtype)
     flipped = kernel.flip(-2, -1)
     grad_kernel = torch.zeros_like(kernel)
     grad_bias = value.new_zeros((heads, head_dim), dtype=dtype)
@@ -259,8 +259,8 @@ def convolution_backward(
                 )[1]  # fmt: skip
             part = own.sum(dim=0)
             grad_bias += part if key_mask is None else part * (count[sample] > 0)
-    grad_weight = grad_kernel.view(heads, *conv_weight.shape).sum(dim=0).to(conv_weight.dtype)
-    return grad_weight, None if conv_bias is None else grad_bias.sum(dim=0).to(conv_bias.dtype)
+    grad_weight = grad_kernel.to(conv_weight.dtype)
+    return grad_weight, None if conv_bias is None else grad_bias.flatten().to(conv_bias.dtype)
 
 
 def _map(x: torch.Tensor, inverse_scale: torch.Tensor | None, power: float) -> _Map:

@@ -55,18 +55,25 @@ def focused_feature_map(
     return powered * (peak * length / powered_length)
 
 
+def of_every_head(parameter: torch.Tensor | None, channels: int) -> torch.Tensor | None:
+    """A parameter of the convolution with a row per channel of all heads, [H * D, ...]; [D, ...] serves every head."""
+    if parameter is None or parameter.shape[0] == channels:
+        return parameter
+    return parameter.repeat(channels // parameter.shape[0], *[1] * (parameter.dim() - 1))
+
+
 def depthwise_convolution(
     value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, grid: tuple[int, int]
 ) -> torch.Tensor:
-    """Each head's values convolved on the token grid with one kernel per channel, the same for every head.
+    """The values convolved on the token grid, a kernel per channel.
 
-    value [B, h*w, H, D], weight [D, 1, K, K], bias [D] or None -> [B, h*w, H, D]; zero padding keeps the grid.
+    value [B, h*w, H, D], weight [H * D, 1, K, K], bias [H * D] or None -> [B, h*w, H, D]; zero padding keeps the grid.
     """
     batch, tokens, heads, head_dim = value.shape
-    images = value.permute(0, 2, 3, 1).reshape(batch * heads, head_dim, *grid)
+    images = value.permute(0, 2, 3, 1).reshape(batch, heads * head_dim, *grid)
     convolved = F.conv2d(
         images, weight.to(value.dtype), None if bias is None else bias.to(value.dtype),
-        padding=weight.shape[-1] // 2, groups=head_dim,
+        padding=weight.shape[-1] // 2, groups=heads * head_dim,
     )  # fmt: skip
     return convolved.reshape(batch, heads, head_dim, tokens).permute(0, 3, 1, 2)
 

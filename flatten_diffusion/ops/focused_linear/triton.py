@@ -300,7 +300,7 @@ def _convolution_backward(
     grad_weight = None if conv_weight is None else _weight_gradient(launch, grad_output, value, conv_weight, grid)
     if conv_bias is None:
         return grad_weight, None
-    per_sample = grad_output.sum(dim=(1, 2), dtype=torch.float32)
+    per_sample = grad_output.sum(dim=1, dtype=torch.float32).flatten(1)  # [B, H * D]
     if launch.counts is not None:
         per_sample = per_sample * (launch.counts > 0).unsqueeze(-1)
     return grad_weight, per_sample.sum(dim=0).to(conv_bias.dtype)
@@ -316,14 +316,14 @@ def _weight_gradient(
     batch, tokens, heads, head_dim = value.shape
     kernel = conv_weight.shape[-1]
     chunk, splits = launch.chunks(tokens)
-    sums = _floats(value, splits, batch * heads, kernel, kernel, head_dim)
+    sums = _floats(value, splits, batch, heads, kernel, kernel, head_dim)
     kernels.weight_gradient_kernel[(batch * heads, splits, kernel)](
         value, grad_output, _or(launch.key_mask, value), sums,
         tokens, heads, chunk, *grid, value.stride(0), grad_output.stride(0),
         HAS_MASK=launch.key_mask is not None, KERNEL=kernel, BLOCK_K=triton.next_power_of_2(kernel),
         BLOCK_N=launch.block_n, **_strides("V", value), **_strides("G", grad_output), **launch.shared,
     )  # fmt: skip
-    return sums.sum(dim=(0, 1)).permute(2, 0, 1).reshape(conv_weight.shape).to(conv_weight.dtype)
+    return sums.sum(dim=(0, 1)).permute(0, 3, 1, 2).reshape(conv_weight.shape).to(conv_weight.dtype)
 
 
 def _state_sums(launch: _Launch, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:

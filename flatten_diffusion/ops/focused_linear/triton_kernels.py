@@ -184,6 +184,7 @@ def _convolve(
     reach: tl.constexpr = KERNEL // 2
     channels = first + tl.arange(0, BLOCK_E)
     inside = channels < HEAD_DIM
+    weight_ptr += head * HEAD_DIM * KERNEL * KERNEL
     row = tokens // width
     column = tokens % width
     total = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
@@ -431,7 +432,9 @@ def query_kernel(
                     False, HAS_MASK, KERNEL, HEAD_DIM, BLOCK_N, BLOCK_E, VN, VH, VD,
                 )  # fmt: skip
                 if HAS_BIAS:
-                    bias = tl.load(bias_ptr + channels, mask=channels < HEAD_DIM, other=0.0).to(tl.float32)
+                    bias = tl.load(bias_ptr + head * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0).to(
+                        tl.float32
+                    )
                     if HAS_MASK:
                         bias *= (tl.load(counts_ptr + batch) > 0).to(tl.float32)
                     out += bias[None, :]
