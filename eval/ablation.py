@@ -257,13 +257,14 @@ def prepare(args: argparse.Namespace, temporary: Path) -> Budget:
     config = AdapterConfig(min_tokens=args.min_tokens, include=None if args.include is None else tuple(args.include))
     device = Accelerator().device
     pipeline = load_pipeline(args.pretrained_model_name_or_path, dtype="float32", device=device, offline=False)
-    resolve_model(pipeline).requires_grad_(False)
+    model = resolve_model(pipeline)
+    model.requires_grad_(False)
     if examples is None:
         captions = sample_captions(args.num_scenes, args.seed + 2, held_out=False)
         render_folder(captions, temporary / "scenes", args.resolution, args.seed + 2)
         examples = image_folder(temporary / "scenes")
     caching = CacheSettings(((args.resolution, args.resolution),), batch_size=32)
-    cache = build_cache(pipeline, resolve_model(pipeline), examples, args.cache_dir or temporary / "cache", caching)
+    cache = build_cache(pipeline, model, examples, args.cache_dir or temporary / "cache", caching)
     return Budget(pipeline, config, settings, cache.split(max(1, min(256, len(cache) // 10))))
 
 

@@ -31,6 +31,7 @@ from .measure import (
     patch_moments,
     project,
     second_moments,
+    share_missed,
     solve_ridge,
     squared_errors,
     watch,
@@ -178,7 +179,7 @@ def _solve_outputs(
 
     watch(adapter, batches, consume)
     total = {name: reduce(error) for name, error in errors.items()}
-    left = {name: _share(error) for name, error in total.items()}
+    left = {name: share_missed(error) for name, error in total.items()}
     for name, mixer in adapter.mixers():
         if name not in sums:
             continue
@@ -190,7 +191,3 @@ def _solve_outputs(
         delta.assign(solution[:, :-1].float(), solution[:, -1].float(), moments[:features, :features])
         left[name] = float(squared_errors(moments, solution) / total[name][1])
     return left
-
-
-def _share(error: torch.Tensor) -> float:
-    return float(error[0] / error[1])

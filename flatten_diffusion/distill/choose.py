@@ -22,6 +22,7 @@ from .measure import (
     linear_part,
     output_error,
     second_moments,
+    share_missed,
     shared_part,
     solve_ridge,
     squared_errors,
@@ -145,7 +146,7 @@ def choose_maps(
     watch(adapter, batches, consume)
     chosen = {name: candidates.best(settings.ridge, reduce) for name, candidates in layers.items()}
     _install_maps(adapter, chosen, {name: candidates.moments for name, candidates in layers.items()})
-    return chosen, {name: float(error[0] / error[1]) for name, error in ((n, reduce(e)) for n, e in errors.items())}
+    return chosen, {name: share_missed(reduce(error)) for name, error in errors.items()}
 
 
 def _head_weights(call: LayerCall, heads: int) -> torch.Tensor:

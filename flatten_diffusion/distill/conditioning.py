@@ -197,13 +197,7 @@ def predict(
     if family.recorded:
         recorded: torch.Tensor = network(**replay(model, noisy.to(dtype), timesteps, inputs), return_dict=False)[0]
         return recorded
-    counted: AbstractContextManager[Any] = nullcontext()
-    if LAST_TOKEN_COUNTS in inputs:
-        counts = inputs.pop(LAST_TOKEN_COUNTS)
-        if can_count(model):
-            counted = CountedLastKey(counts)
-        else:
-            inputs["encoder_hidden_states"] = repeat_last(inputs["encoder_hidden_states"], counts)
+    counted = _count_last_token(model, inputs)
     arguments = {family.sample: noisy.to(dtype), "timestep": timesteps, **family.arguments(model, inputs)}
     if family.packed:
         height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
@@ -213,6 +207,18 @@ def predict(
     with counted:
         output: torch.Tensor = network(**arguments, return_dict=False)[0]
     return unpack_latents(output, (height, width)) if family.packed else output
+
+
+def _count_last_token(model: nn.Module, inputs: Conditioning) -> AbstractContextManager[Any]:
+    """What the model runs within, so that its last text token counts as `LAST_TOKEN_COUNTS` says, which is taken out of
+    `inputs`; where that cannot be, the token is put there as often."""
+    counts = inputs.pop(LAST_TOKEN_COUNTS, None)
+    if counts is None:
+        return nullcontext()
+    if can_count(model):
+        return CountedLastKey(counts)
+    inputs["encoder_hidden_states"] = repeat_last(inputs["encoder_hidden_states"], counts)
+    return nullcontext()
 
 
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:

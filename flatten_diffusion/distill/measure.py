@@ -183,6 +183,11 @@ def output_error(call: LayerCall, student: torch.Tensor, batch: Batch) -> torch.
     return torch.stack([error, spread]).double().cpu()
 
 
+def share_missed(error: torch.Tensor) -> float:
+    """The error of `output_error`'s sums as a share of the variance."""
+    return float(error[0] / error[1])
+
+
 def check_finite(name: str, moments: torch.Tensor) -> None:
     """Raise ValueError, naming the layer, unless all of its moments are finite."""
     if not moments.isfinite().all():

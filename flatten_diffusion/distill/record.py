@@ -90,7 +90,11 @@ class LayerCall:
             joint.register_forward_pre_hook(lambda _, args: caught.append(args[1:])),
         ]
         self._run_student(handles)
-        return [_joint_inputs(value, *args) for value, args in zip(values, caught, strict=True)]
+        inputs = []
+        for value, (query, key, text_key, text_value, key_mask, text_mask, scale) in zip(values, caught, strict=True):
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            inputs.append(JointInputs(query, key, value, text_key, text_value, key_mask, text_mask, scale))
+        return inputs
 
     def student_rows(self) -> torch.Tensor | None:
         """`rows` of the student; None where this call stays softmax."""
@@ -164,20 +168,6 @@ class JointInputs:
     key_mask: torch.Tensor | None
     text_mask: torch.Tensor | None
     scale: float
-
-
-def _joint_inputs(
-    value: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    text_key: torch.Tensor,
-    text_value: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    text_mask: torch.Tensor | None,
-    scale: float | None,
-) -> JointInputs:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return JointInputs(query, key, value, text_key, text_value, key_mask, text_mask, scale)
 
 
 def _one_tensor(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

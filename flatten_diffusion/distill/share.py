@@ -30,13 +30,12 @@ def fit_shares(adapter: Adapter, batches: Sequence[Batch], reduce: Reduce) -> No
 
     def consume(call: LayerCall, batch: Batch) -> None:
         joint, parts = call.mixer.joint, call.joint_inputs()
-        batches = [batch] if len(parts) < 2 else [Batch(batch.run, weight) for weight in batch.weights.split(1)]
-        for inputs, part in zip(parts, batches, strict=False):
+        for inputs, weights in zip(parts, batch.weights.chunk(max(len(parts), 1)), strict=False):
             assert joint is not None  # it had inputs
-            sums[call.name] = sums.get(call.name, 0) + _moments(joint, inputs, part)
+            sums[call.name] = sums.get(call.name, 0) + _moments(joint, inputs, Batch(batch.run, weights))
 
     if all(mixer.joint is None for _, mixer in adapter.mixers()):
-        return
+        return  # without a pass of the teacher
     watch(adapter, batches, consume)
     for name, mixer in adapter.mixers():
         if name in sums and mixer.joint is not None:

@@ -432,9 +432,8 @@ def query_kernel(
                     False, HAS_MASK, KERNEL, HEAD_DIM, BLOCK_N, BLOCK_E, VN, VH, VD,
                 )  # fmt: skip
                 if HAS_BIAS:
-                    bias = tl.load(bias_ptr + head * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0).to(
-                        tl.float32
-                    )
+                    own = bias_ptr + head * HEAD_DIM + channels
+                    bias = tl.load(own, mask=channels < HEAD_DIM, other=0.0).to(tl.float32)
                     if HAS_MASK:
                         bias *= (tl.load(counts_ptr + batch) > 0).to(tl.float32)
                     out += bias[None, :]
