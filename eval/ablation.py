@@ -37,6 +37,8 @@ from flatten_diffusion.distill import (
     build_cache,
     image_folder,
 )
+from flatten_diffusion.distill.buckets import check_sizes
+from flatten_diffusion.distill.latents import pixels_per_token_step
 from flatten_diffusion.mixers import (
     FocusedLinearAttention,
     Grid,
@@ -259,6 +261,7 @@ def prepare(args: argparse.Namespace, temporary: Path) -> Budget:
     pipeline = load_pipeline(args.pretrained_model_name_or_path, dtype="float32", device=device, offline=False)
     model = resolve_model(pipeline)
     model.requires_grad_(False)
+    check_sizes([(args.resolution, args.resolution)], pixels_per_token_step(pipeline, model))
     if examples is None:
         captions = sample_captions(args.num_scenes, args.seed + 2, held_out=False)
         render_folder(captions, temporary / "scenes", args.resolution, args.seed + 2)

@@ -33,6 +33,7 @@ def test_too_few_pictures_and_a_missing_pipeline_are_one_line(
 ) -> None:
     for arguments, message in (
         (["--num_scenes", "1", "--resolution", "64"], "1 held-out examples of 1"),
+        (["--num_scenes", "20", "--resolution", "100"], "100x100 pixels do not fit"),
         (["--pretrained_model_name_or_path", str(tmp_path)], "model_index.json"),
     ):
         assert ablation.main(arguments) == 2
