@@ -66,6 +66,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--variant", default=None)
     model.add_argument("--mixer", default="focused_linear", choices=list_mixers())
     model.add_argument("--kernel_size", type=int, default=5, help="of the depthwise convolution; 0 for none")
+    model.add_argument(
+        "--window",
+        type=int,
+        default=0,
+        help="side, in tokens, of windows that stay softmax; 0 for none",
+    )
     model.add_argument("--focusing_factor", type=float, default=3.0, help="before calibration chooses")
     model.add_argument("--joint", default=AdapterConfig.joint, choices=list_joints(), help="how picture and text share")
     model.add_argument("--min_tokens", type=int, default=0, help="calls with fewer tokens stay softmax")
@@ -374,6 +380,7 @@ def main(arguments: list[str] | None = None) -> None:
             mixer=args.mixer,
             focusing_factor=args.focusing_factor,
             kernel_size=args.kernel_size,
+            window=args.window,
             joint=args.joint,
             min_tokens=args.min_tokens,
             include=None if args.include is None else tuple(args.include),

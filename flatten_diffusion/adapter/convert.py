@@ -180,7 +180,8 @@ def build_mixers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, 
         power = config.focusing_factors.get(finding.name, config.focusing_factor)
         joint = None if finding.place == "alone" else config.joint
         mapped = finding.name in config.feature_maps
-        spec = MixerSpec(attn.heads, attn.inner_dim // attn.heads, power, config.kernel_size, joint, mapped)
+        head_dim = attn.inner_dim // attn.heads
+        spec = MixerSpec(attn.heads, head_dim, power, config.kernel_size, joint, mapped, config.window)
         mixer = create_mixer(config.mixer, spec, device=weight.device, dtype=dtype)
         add_deltas(attn, mixer, config)
         mixers[finding.name] = mixer

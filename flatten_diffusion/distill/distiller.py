@@ -516,7 +516,7 @@ class Distiller:
         config = self.adapter.config
         return {
             **settings,
-            **{name: getattr(config, name) for name in ("mixer", "kernel_size", "joint", "min_tokens")},
+            **{name: getattr(config, name) for name in ("mixer", "kernel_size", "joint", "window", "min_tokens")},
             "layers": self.adapter.layers,
             "examples": [len(self.train), len(self.held_out)],
             "total batch size": self.settings.train_batch_size * self.accelerator.num_processes,

@@ -20,7 +20,7 @@ import torch
 
 from ..adapter.convert import projection_of
 from ..mixers import ProjectionDelta
-from ..models import ReboundProcessor
+from ..models import MIXER, ReboundProcessor
 from .measure import in_full_precision
 from .record import MixerInputs
 
@@ -102,9 +102,9 @@ def apply_maps(inputs: MixerInputs, maps: Maps) -> tuple[torch.Tensor, torch.Ten
 def can_shift(attn: Any) -> bool:
     """Whether maps of query and key can be folded into their projections: no norm between, ordinary weights.
 
-    Rebound layers may rotate between, and the text of joint ones reads the same keys through softmax.
+    Rebound layers may rotate between, and the text of joint ones reads the same keys through softmax, as windows do.
     """
-    if isinstance(attn.processor, ReboundProcessor):
+    if isinstance(attn.processor, ReboundProcessor) or getattr(attn, MIXER).window is not None:
         return False
     plain = all(base_of(projection_of(attn, name)).weight.is_floating_point() for name in ("q", "k"))
     return plain and attn.norm_q is None and attn.norm_k is None

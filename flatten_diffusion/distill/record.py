@@ -65,9 +65,15 @@ class LayerCall:
         caught: list[tuple[Any, ...]] = []
         joined: list[tuple[torch.Tensor, torch.Tensor]] = []
         handles = [self.mixer.register_forward_pre_hook(lambda _, args: caught.append(args))]
-        joint = self.mixer.joint
+        window, joint = self.mixer.window, self.mixer.joint
+        if window is not None:
+            handles.append(window.register_forward_pre_hook(lambda _, args: joined.append(window.parts(*args[1:])[:2])))
         if joint is not None:
-            handles.append(joint.register_forward_pre_hook(lambda _, args: joined.append(joint.parts(*args[1:]))))
+            handles.append(
+                joint.register_forward_pre_hook(
+                    lambda _, args: joined.append(_nest(joint.parts(*args[1:]), joined.pop() if window else None))
+                )
+            )
         self._run_student(handles)
         if not caught:
             return None
@@ -78,22 +84,33 @@ class LayerCall:
         return MixerInputs(query, key, value, caught[0][3], mask, rest, share)
 
     def joint_inputs(self) -> list[JointInputs]:
-        """What the mixer's `joint` is given in `student()`, sample by sample where the layer runs so (Mochi); empty
-        where there is none, or this call stays softmax."""
-        joint = self.mixer.joint
-        if joint is None:
+        """What the mixer's `window` and `joint` are given in `student()`, sample by sample where the layer runs so
+        (Mochi); empty where there is neither, or this call stays softmax."""
+        window, joint = self.mixer.window, self.mixer.joint
+        pictures: list[tuple[Any, ...]] = []
+        scales: list[float | None] = []
+        others: list[tuple[Any, ...]] = []
+        handles = [self.mixer.register_forward_pre_hook(lambda _, args: pictures.append(args))]
+        if window is not None:
+            handles.append(window.register_forward_pre_hook(lambda _, args: scales.append(args[6])))
+        if joint is not None:
+
+            def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+                others.append((args[3], args[4], args[6]))
+                if window is None:
+                    scales.append(args[7])
+
+            handles.append(joint.register_forward_pre_hook(keep))
+        if len(handles) == 1:
+            handles[0].remove()
             return []
-        values: list[torch.Tensor] = []
-        caught: list[tuple[Any, ...]] = []
-        handles = [
-            self.mixer.register_forward_pre_hook(lambda _, args: values.append(args[2])),
-            joint.register_forward_pre_hook(lambda _, args: caught.append(args[1:])),
-        ]
         self._run_student(handles)
+        others = others or [(None, None, None)] * len(pictures)
         inputs = []
-        for value, (query, key, text_key, text_value, key_mask, text_mask, scale) in zip(values, caught, strict=True):
+        for picture, scale, (text_key, text_value, text_mask) in zip(pictures, scales, others, strict=True):
+            query, key, value, grid, mask = picture
             scale = query.shape[-1] ** -0.5 if scale is None else scale
-            inputs.append(JointInputs(query, key, value, text_key, text_value, key_mask, text_mask, scale))
+            inputs.append(JointInputs(query, key, value, text_key, text_value, text_mask, mask, grid, scale))
         return inputs
 
     def student_rows(self) -> torch.Tensor | None:
@@ -128,8 +145,8 @@ class MixerInputs:
 
     Attributes:
         query, key, value: [B, N, H, D]; grid: of the tokens, or None; key_mask: bool [B, N] or None.
-        rest, share: [B, N, H, D] and [B, N, H, 1]: a joint layer's product is rest + share * (the mixer's); None where
-            it is the mixer's own.
+        rest, share: [B, N, H, D] and [B, N, H, 1]: beside windows, and in a joint layer, the product is
+            rest + share * (the mixer's); None where it is the mixer's own.
     """
 
     query: torch.Tensor
@@ -151,23 +168,35 @@ class MixerInputs:
 
 @dataclass(frozen=True)
 class JointInputs:
-    """What joins a joint layer's picture and its other tokens ("text").
+    """What is linear in a layer, and what joins it there: windows of the picture, other tokens ("text"), or both.
 
     Attributes:
-        query: [B, N, H, D], of the picture; key, value: [B, M, H, D], of the picture.
-        text_key, text_value: [B, T, H, D].
-        key_mask, text_mask: bool [B, M] and [B, T], True where a key counts, or None.
+        query, key, value: [B, N, H, D], of the picture.
+        text_key, text_value: [B, T, H, D], and text_mask: bool [B, T], True where a key counts, or None; all None in
+            layers over the picture alone.
+        key_mask: bool [B, N], of the picture's keys, or None.
+        grid: of the picture, where the mixer has one.
         scale: of the softmax.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    text_key: torch.Tensor
-    text_value: torch.Tensor
-    key_mask: torch.Tensor | None
+    text_key: torch.Tensor | None
+    text_value: torch.Tensor | None
     text_mask: torch.Tensor | None
+    key_mask: torch.Tensor | None
+    grid: Grid | None
     scale: float
+
+
+def _nest(
+    outer: tuple[torch.Tensor, torch.Tensor], inner: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rest and share of two joins, one around the other."""
+    if inner is None:
+        return outer
+    return outer[0] + outer[1] * inner[0], outer[1] * inner[1]
 
 
 def _one_tensor(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from .grid import Grid
 from .joint import JointAttention, create_joint
-
-Grid = Union[tuple[int, int], tuple[int, int, int], tuple[tuple[int, int, int], ...]]  # noqa: UP007 (an alias, 3.10)
-"""How tokens in row-major order fill a picture: (height, width), (frames, height, width), or one such triple for each
-of several pictures that follow one another (reference images)."""
-
-
-def pictures_of(grid: Grid) -> list[tuple[int, int, int]]:
-    """(frames, height, width) of each picture of a grid."""
-    if isinstance(grid[0], int):
-        frames, height, width = (1, *grid) if len(grid) == 2 else grid
-        return [(frames, height, width)]
-    return list(grid)
-
-
-def count_tokens(grid: Grid) -> int:
-    """How many tokens fill the grid."""
-    return sum(math.prod(picture) for picture in pictures_of(grid))
-
-
-def describe_grid(grid: Grid) -> str:
-    """As text: 4x6, 2x4x6 (frames first), or 4x6 + 3x3."""
-    return " + ".join("x".join(map(str, picture[0 if picture[0] > 1 else 1 :])) for picture in pictures_of(grid))
+from .window import WindowAttention
 
 
 @dataclass(frozen=True)
@@ -42,7 +21,8 @@ class MixerSpec:
     `heads` and `head_dim` are the layer's own; `focusing_factor` is the power of the focused map; `kernel_size` the
     side of the depthwise convolution on the token grid, odd, 0 for none; `joint` how a layer whose sequence holds
     other tokens too joins the two (see `list_joints`), None for layers over the picture alone; `feature_maps` whether
-    query and key pass learned maps inside the mixer, where their projections cannot carry them.
+    query and key pass learned maps inside the mixer, where their projections cannot carry them; `window` the side of
+    the windows within which attention stays softmax, 0 for none.
     """
 
     heads: int
@@ -51,6 +31,7 @@ class MixerSpec:
     kernel_size: int = 5
     joint: str | None = None
     feature_maps: bool = False
+    window: int = 0
 
 
 class Mixer(nn.Module):
@@ -61,11 +42,12 @@ class Mixer(nn.Module):
     by the name of its projection, see `PROJECTIONS`); the processor applies them around the mixer. `group` is a
     `torch.distributed` process group whose processes each hold some rows of the picture's tokens, None for one process
     that holds them all: see `flatten_diffusion.ops.split_focused_linear_attention`. `joint` is what a
-    layer over picture and text together needs to join the mixer's output with the softmax over the text.
+    layer over picture and text together needs to join the mixer's output with the softmax over the text; `window` what
+    joins it with the softmax over each query's window.
     """
 
     uses_grid: bool = False
-    """Whether `forward` needs the grid of the tokens."""
+    """Whether `forward` or `window` need the grid of the tokens."""
 
     def __init__(self, spec: MixerSpec) -> None:
         super().__init__()
@@ -73,7 +55,11 @@ class Mixer(nn.Module):
         self.backend = "auto"
         self.group: Any = None
         self.deltas = nn.ModuleDict()
-        self.joint: JointAttention | None = None if spec.joint is None else create_joint(spec.joint, spec.heads)
+        self.window: WindowAttention | None = WindowAttention(spec.heads, spec.window) if spec.window else None
+        self.uses_grid = spec.window > 0
+        self.joint: JointAttention | None = None
+        if spec.joint is not None:
+            self.joint = create_joint(spec.joint, spec.heads, estimates=self.window is None)
 
     def forward(
         self,
@@ -95,6 +81,28 @@ class Mixer(nn.Module):
             [B, N, H, D] in the query's dtype.
         """
         raise NotImplementedError
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grid: Grid | None = None,
+        key_mask: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of a picture to itself: `forward`, joined with the softmax within windows where there are any.
+
+        Arguments as for `forward`; `scale` of the softmax, None means D ** -0.5. Returns [B, N, H, D], and with windows
+        the log of each query's whole mass [B, N, H].
+        """
+        if self.window is not None and self.group is not None:
+            raise ValueError("Windows cannot be split over processes: convert with window=0, or run in one process.")
+        mixed = self(query, key, value, grid, key_mask)
+        if self.window is None:
+            return mixed, None
+        joined: tuple[torch.Tensor, torch.Tensor] = self.window(mixed, query, key, value, grid, key_mask, scale)
+        return joined
 
 
 _REGISTRY: dict[str, type[Mixer]] = {}

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..ops import even_rows, focused_linear_attention, split_focused_linear_attention
 from ..ops.focused_linear.reference import depthwise_convolution
-from .base import Grid, Mixer, MixerSpec, pictures_of, register_mixer
+from .base import Mixer, MixerSpec, register_mixer
+from .grid import Grid, pictures_of
 
 
 class FeatureMap(nn.Module):
@@ -48,11 +49,11 @@ class FocusedLinearAttention(Mixer):
 
     def __init__(self, spec: MixerSpec) -> None:
         super().__init__(spec)
-        self.uses_grid = spec.kernel_size > 0
+        self.uses_grid = spec.kernel_size > 0 or spec.window > 0
         self.log_scale = nn.Parameter(torch.zeros(spec.heads * spec.head_dim))
         self.conv_weight: nn.Parameter | None = None
         self.conv_bias: nn.Parameter | None = None
-        if self.uses_grid:
+        if spec.kernel_size > 0:
             channels = spec.heads * spec.head_dim
             self.conv_weight = nn.Parameter(torch.zeros(channels, 1, spec.kernel_size, spec.kernel_size))
             self.conv_bias = nn.Parameter(torch.zeros(channels))
@@ -95,7 +96,7 @@ class FocusedLinearAttention(Mixer):
         Raises ValueError when the convolution has no grid or the grid does not fit.
         """
         query, key = self.map_features(query, key)
-        pictures = pictures_of(grid) if self.uses_grid and grid is not None else []
+        pictures = pictures_of(grid) if self.conv_weight is not None and grid is not None else []
         one_frame = len(pictures) < 2 and all(frames == 1 for frames, _, _ in pictures)
         if self.group is not None:
             if not one_frame:

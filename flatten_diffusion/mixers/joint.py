@@ -12,21 +12,31 @@ the native softmax over everything.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops.windows import key_moments, score_moments, spread_of
+
+_SINK_VALUE = 1024.0
+"""What the sink holds in its channel: float16 then tells its weight down to 6e-11."""
+
 
 class JointAttention(nn.Module):
     """Base of the forms. `bias` [heads], zeros, is added to the log-odds of g_i.
+
+    Args:
+        heads: of the layer.
+        estimates: whether the form estimates the picture's mass itself, or is given it (by `WindowAttention`).
 
     Source: the softmax's own partition, exp(q.k) over P and T, is what both forms approximate; with all their
     parameters at zero, where they start, neither needs training.
     """
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, estimates: bool = True) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(heads))
 
@@ -39,6 +49,7 @@ class JointAttention(nn.Module):
         picture_mask: torch.Tensor | None,
         mask: torch.Tensor | None,
         scale: float | None,
+        log_mass: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(1 - g) S [B, N, H, D] and g [B, N, H, 1], in the query's dtype.
 
@@ -48,6 +59,7 @@ class JointAttention(nn.Module):
             key, value: [B, T, H, D], of the other tokens.
             picture_mask, mask: bool [B, M] and [B, T], True where a key counts.
             scale: of the softmax; None means D ** -0.5.
+            log_mass: [B, N, H], log Z_P where windows tell it.
         """
         raise NotImplementedError
 
@@ -68,12 +80,13 @@ class SharedNormalizer(JointAttention):
 
     exact at zero bias and gain for normal scores as n grows; beyond v = 2 log n the largest score dominates the sum.
     Scores of trained models are not normal: calibration fits the `gain` [heads, 2] and the bias to their own log Z_P.
+    Beside windows, which tell Z_P, there is no gain, and the bias is added to what they tell.
     Source: Derrida, "Random-energy model", Phys. Rev. B 24, 1981 (the free energy and its freezing).
     """
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, estimates: bool = True) -> None:
         super().__init__(heads)
-        self.gain = nn.Parameter(torch.zeros(heads, 2))
+        self.gain = nn.Parameter(torch.zeros(heads, 2)) if estimates else None
 
     def parts(
         self,
@@ -84,12 +97,15 @@ class SharedNormalizer(JointAttention):
         picture_mask: torch.Tensor | None,
         mask: torch.Tensor | None,
         scale: float | None,
+        log_mass: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        log_count, average, spread = estimate_log_mass(query, picture_key, picture_mask, scale)
-        gain = 1 + self.gain.to(average.dtype)
-        log_mass = log_count + gain[:, 0] * average + gain[:, 1] * spread + self.bias.to(average.dtype)
-        return softmax_with_sink(query, key, value, mask, scale, log_mass)
+        if self.gain is not None:
+            log_count, average, spread = estimate_log_mass(query, picture_key, picture_mask, scale)
+            gain = 1 + self.gain.to(average.dtype)
+            log_mass = log_count + gain[:, 0] * average + gain[:, 1] * spread
+        assert log_mass is not None, "a form that does not estimate is given the mass"
+        return softmax_with_sink(query, key, value, mask, scale, log_mass + self.bias.to(log_mass.dtype))
 
 
 class GatedBranches(JointAttention):
@@ -107,6 +123,7 @@ class GatedBranches(JointAttention):
         picture_mask: torch.Tensor | None,
         mask: torch.Tensor | None,
         scale: float | None,
+        log_mass: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         odds = log_odds_of_counts(picture_key, picture_mask, key, mask)
@@ -132,11 +149,11 @@ def list_joints() -> list[str]:
     return list(_FORMS)
 
 
-def create_joint(name: str, heads: int) -> JointAttention:
-    """A new form by its name. Raises ValueError for an unknown one."""
+def create_joint(name: str, heads: int, estimates: bool = True) -> JointAttention:
+    """A new form by its name, see `JointAttention`. Raises ValueError for an unknown one."""
     if name not in _FORMS:
         raise ValueError(f"Unknown joint {name!r}: choose one of {', '.join(_FORMS)}.")
-    return _FORMS[name](heads)
+    return _FORMS[name](heads, estimates)
 
 
 def estimate_log_mass(
@@ -147,6 +164,9 @@ def estimate_log_mass(
 
     query [B, N, H, D], key [B, M, H, D], mask bool [B, M] or None.
     """
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        with torch.autocast(query.device.type, enabled=False):
+            return score_moments(query, key_moments(key, mask), scale)
     dtype = torch.promote_types(query.dtype, torch.float32)
     if mask is None:
         log_count = torch.full((key.shape[0],), math.log(key.shape[1]), dtype=dtype, device=key.device)
@@ -166,9 +186,7 @@ def estimate_log_mass(
     variance = ((queries @ covariance) * queries).to(dtype).sum(dim=-1).clamp(min=1e-12) * scale * scale
     average = (queries.to(dtype) @ mean.unsqueeze(-1)).squeeze(-1) * scale
     log_count = log_count[:, None, None]
-    frozen = (2 * variance * log_count).clamp(min=1e-12).sqrt()
-    spread = torch.where(variance < 2 * log_count, variance / 2, frozen - log_count)
-    return log_count, average.transpose(1, 2), spread.transpose(1, 2)
+    return log_count, average.transpose(1, 2), spread_of(variance, log_count).transpose(1, 2)
 
 
 def softmax_with_sink(
@@ -178,11 +196,13 @@ def softmax_with_sink(
     mask: torch.Tensor | None,
     scale: float,
     log_mass: torch.Tensor,
+    product: Callable[..., torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention with one more key before all, of score `log_mass` [B, N, H] and value zero; and its weight.
 
     Every fused kernel can do it: the score comes in by two more channels of the query (a value and what rounding left
-    of it, so that half precision does not blur it), and a channel of ones in the values gives the weight that is left.
+    of it, so that half precision does not blur it), and one more channel of the values is the sink's own, which gives
+    its weight. `product` is the attention that runs, None for `F.scaled_dot_product_attention`.
     """
     batch, tokens, heads, head_dim = query.shape
     extra = 8 - head_dim % 8  # fused kernels want multiples of 8
@@ -194,13 +214,14 @@ def softmax_with_sink(
     queries = torch.cat([query, high.unsqueeze(-1), low.unsqueeze(-1), nothing], dim=-1)
     sink = F.pad(key.new_ones(batch, 1, heads, 2), (head_dim, extra - 2))
     keys = torch.cat([sink, F.pad(key, (0, extra))], dim=1)
-    ones = F.pad(value.new_ones(*value.shape[:3], 1), (0, extra - 1))
-    values = F.pad(torch.cat([value, ones], dim=-1), (0, 0, 0, 0, 1, 0))
+    sink = F.pad(value.new_full((batch, 1, heads, 1), _SINK_VALUE), (head_dim, extra - 1))
+    values = torch.cat([sink, F.pad(value, (0, extra))], dim=1)
     keep = None if mask is None else F.pad(mask, (1, 0), value=True)
-    output = F.scaled_dot_product_attention(
+    product = F.scaled_dot_product_attention if product is None else product
+    output = product(
         queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), _broadcast(keep), scale=scale
     ).transpose(1, 2)
-    return output[..., :head_dim], 1 - output[..., head_dim : head_dim + 1]
+    return output[..., :head_dim], output[..., head_dim : head_dim + 1] / _SINK_VALUE
 
 
 def log_odds_of_counts(

@@ -33,7 +33,7 @@ def softmax_below(x: torch.Tensor, mixer: str, spec: MixerSpec) -> int:
 
 def softmax_below_on(device: torch.device, dtype: torch.dtype, mixer: str, spec: MixerSpec) -> int:
     """The same for a device and a dtype."""
-    kind = (mixer, spec.heads, spec.head_dim, spec.focusing_factor, spec.kernel_size, spec.joint)
+    kind = (mixer, spec.heads, spec.head_dim, spec.focusing_factor, spec.kernel_size, spec.joint, spec.window)
     if torch.compiler.is_compiling():
         return _constant(device.type, device.index, dtype, *kind)
     key = (device, dtype, *kind)
@@ -119,11 +119,12 @@ def _constant(
     focusing_factor: float,
     kernel_size: int,
     joint: str | None,
+    window: int,
 ) -> int:
     """Runs while torch.compile traces; the graph only sees the number."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
-    spec = MixerSpec(heads, head_dim, focusing_factor, kernel_size, joint)
-    key = (device, dtype, mixer, heads, head_dim, focusing_factor, kernel_size, joint)
+    spec = MixerSpec(heads, head_dim, focusing_factor, kernel_size, joint, window=window)
+    key = (device, dtype, mixer, heads, head_dim, focusing_factor, kernel_size, joint, window)
     return _found[key] if key in _found else _find(key, device, dtype, mixer, spec)
 
 
@@ -139,6 +140,7 @@ def _first_activation(arguments: Iterable[Any]) -> torch.Tensor | None:
 
 def _name(mixer: str, spec: MixerSpec) -> str:
     text = f"{mixer}, {spec.heads} heads of {spec.head_dim}, kernel {spec.kernel_size}, power {_power(spec):g}"
+    text = f"{text}, windows of {spec.window}" if spec.window else text
     return text if spec.joint is None else f"{text}, {spec.joint} with {_TEXT_TOKENS} text tokens"
 
 
@@ -152,7 +154,7 @@ def _runs(mixer: str, spec: MixerSpec, device: torch.device, dtype: torch.dtype)
 
     def runs_at(side: int) -> Runs:
         picture, text = side * side, 0 if spec.joint is None else _TEXT_TOKENS
-        shape = MixerSpec(spec.heads, spec.head_dim, _power(spec), spec.kernel_size, spec.joint)
+        shape = MixerSpec(spec.heads, spec.head_dim, _power(spec), spec.kernel_size, spec.joint, window=spec.window)
         module = create_mixer(mixer, shape, device=device, dtype=dtype)
         generator = torch.Generator(device).manual_seed(0)
         sizes = (1, picture + text, spec.heads, spec.head_dim)
@@ -163,11 +165,12 @@ def _runs(mixer: str, spec: MixerSpec, device: torch.device, dtype: torch.dtype)
             return F.scaled_dot_product_attention(queries, key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
 
         def linear() -> torch.Tensor:
-            own = [x[:, :picture] for x in (query, key, value)]
-            mixed: torch.Tensor = module(*own, (side, side))
+            own, own_key, own_value = (x[:, :picture] for x in (query, key, value))
+            mixed, log_mass = module.attend(own, own_key, own_value, (side, side))
             if module.joint is None:
                 return mixed
-            mixed = module.joint(mixed, own[0], own[1], key[:, picture:], value[:, picture:], None, None, None)
+            others = key[:, picture:], value[:, picture:]
+            mixed = module.joint(mixed, own, own_key, *others, None, None, None, log_mass)
             return torch.cat([mixed, softmax(picture)], dim=1)
 
         return linear, softmax

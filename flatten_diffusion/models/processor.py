@@ -125,7 +125,7 @@ class FocusedLinearAttnProcessor:
             grid = None
             if mixer.uses_grid:
                 grid = layer.grid_of(query.shape[1]) if picture_shape is None else tuple(picture_shape[2:])
-            mixed = mixer(query, key, value, grid)
+            mixed, _ = mixer.attend(query, key, value, grid, scale=attn.scale)
         # `upcast_attention` asks for float32 inside the product: the operator always accumulates in float32.
         mixed = mixed.flatten(2).to(query.dtype)
 

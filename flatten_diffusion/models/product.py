@@ -131,7 +131,7 @@ def exchange(
     mixer: Mixer = getattr(attn, MIXER)
     if layer.place == "alone":
         grid = layer.grid_of(query.shape[1]) if mixer.uses_grid else None
-        return mixer(query, key, value, grid, padding)
+        return mixer.attend(query, key, value, grid, padding, scale)[0]
     return _joint(layer, mixer, query, key, value, mask, padding, scale, softmax)
 
 
@@ -153,10 +153,12 @@ def _joint(
     picture_key, other_key = split.keys(key)
     picture_value, other_value = split.keys(value)
     picture_mask, other_mask = (None, None) if padding is None else split.keys(padding)
-    picture = mixer(picture_query, picture_key, picture_value, grid if mixer.uses_grid else None, picture_mask)
+    picture, log_mass = mixer.attend(
+        picture_query, picture_key, picture_value, grid if mixer.uses_grid else None, picture_mask, scale
+    )
     if mixer.joint is not None:
         picture = mixer.joint(
-            picture, picture_query, picture_key, other_key, other_value, picture_mask, other_mask, scale
+            picture, picture_query, picture_key, other_key, other_value, picture_mask, other_mask, scale, log_mass
         )
     if statically_known_true(other_query.shape[1] == 0):  # Mochi's number of text tokens is unknown to a graph
         return picture

@@ -175,6 +175,36 @@ def test_both_ways_of_joining_and_without_a_convolution(name, form, tmp_path):
         assert torch.equal(tiny(), converted)
 
 
+@pytest.mark.parametrize("name", REBOUND)
+def test_windows_live_with_the_adapter(name, tmp_path):
+    tiny, fresh = build_rebound(name), build_rebound(name)
+    keys, modules = list(tiny.model.state_dict()), list(tiny.model.named_modules())
+    with torch.no_grad():
+        native = tiny()
+        plain = _convert(tiny)
+        without = tiny()
+        restore(tiny.model)
+        adapter = _convert(tiny, window=2)
+        assert plain.layers == adapter.layers
+        assert all(mixer.window is not None and mixer.window.size == 2 for _, mixer in adapter.mixers())
+        nearer = (tiny() - native).square().sum() < (without - native).square().sum()
+        stir(adapter)
+        converted, turned = tiny(), tiny(**tiny.turn)
+        assert converted.isfinite().all() and turned.isfinite().all()
+        adapter.save_pretrained(tmp_path)
+        assert load_adapter(fresh.model, tmp_path).config == adapter.config
+        assert torch.equal(fresh(), converted) and torch.equal(fresh(**tiny.turn), turned)
+        with adapter.disabled():
+            assert torch.equal(tiny(), native)
+    tiny().square().sum().backward()
+    for key, parameter in adapter.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+    restore(tiny.model)
+    assert torch.equal(tiny(), native)
+    assert_untouched(tiny.model, keys, modules)
+    assert nearer
+
+
 def test_an_unknown_way_of_joining_raises():
     with pytest.raises(ValueError, match="Unknown joint 'x': choose one of shared_normalizer, gated_branches"):
         AdapterConfig(joint="x")

@@ -13,7 +13,8 @@ from flatten_diffusion.distill import CalibrationSettings, calibrate, transfer_s
 from flatten_diffusion.distill.measure import Batch
 from flatten_diffusion.distill.record import LayerCall, watch_teacher
 from flatten_diffusion.distill.share import fit_shares
-from flatten_diffusion.mixers import count_tokens, list_joints
+from flatten_diffusion.mixers import count_tokens, list_joints, pictures_of
+from flatten_diffusion.ops.windows import window_indices
 
 from ..models.tiny import stir
 from ..models.tiny_rebound import REBOUND, Rebound, build_rebound
@@ -33,9 +34,10 @@ def watched(tiny: Rebound, adapter: Adapter) -> dict[str, LayerCall]:
     return calls
 
 
+@pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("name", REBOUND)
-def test_teacher_and_student_of_every_layer(name: str) -> None:
-    tiny, adapter = converted(name)
+def test_teacher_and_student_of_every_layer(name: str, window: int) -> None:
+    tiny, adapter = converted(name, window=window)
     adapter.add_deltas(("q", "out"), 2)
     stir(adapter)
     seen: list[str] = []
@@ -83,10 +85,17 @@ def test_transfer_reaches_every_layer_and_lowers_its_error(name: str) -> None:
     assert sum(last.values()) < 0.9 * sum(first.values())
 
 
-@pytest.mark.parametrize("form", list_joints())
-@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "cogview4", "lumina2", "hunyuanvideo", "mochi", "prx"])
-def test_calibration_brings_every_layer_nearer(name: str, form: str) -> None:
-    tiny, adapter = converted(name, joint=form, kernel_size=3)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        (name, {"joint": form})
+        for name in ("sd3", "flux", "flux2", "cogview4", "lumina2", "hunyuanvideo", "mochi", "prx")
+        for form in list_joints()
+    ]
+    + [("sd3", {"window": 3}), ("hunyuanvideo", {"window": 3, "joint": "gated_branches"}), ("wan", {"window": 2})],
+)
+def test_calibration_brings_every_layer_nearer(name: str, settings: dict[str, Any]) -> None:
+    tiny, adapter = converted(name, kernel_size=3, **settings)
     sharpen(tiny.model)
     with torch.no_grad(), adapter.disabled():
         native = tiny()
@@ -178,3 +187,48 @@ def test_shares_are_fitted_to_the_softmax(name: str, form: str) -> None:
                         mixer.joint.bias.add_(moved)
             assert all(error > after[layer] for layer, error in share_errors(adapter, tiny).items())
             fit_shares(adapter, [Batch(tiny, torch.ones(2))], lambda tensor: tensor)
+
+
+def mass_errors(adapter: Adapter, tiny: Rebound) -> dict[str, float]:
+    """Squared error of each layer's product with windows were its linear part the softmax over all keys beyond."""
+    left: dict[str, float] = {}
+
+    def consume(call: LayerCall) -> None:
+        for sample, given in enumerate(call.joint_inputs()):
+            window = call.mixer.window
+            assert window is not None and given.grid is not None
+            indices = window_indices(pictures_of(given.grid), window.size, given.key.device)
+            near = (indices[:, None] == indices)[:, None]
+            scores = torch.einsum("bnhd,bmhd->bnhm", given.query, given.key) * given.scale
+            if given.key_mask is not None:
+                scores = scores.masked_fill(~given.key_mask[:, None, None], -torch.inf)
+            beyond = scores.masked_fill(near, -torch.inf).softmax(-1)
+            beyond = torch.einsum("bnhm,bmhd->bnhd", beyond, given.value)
+            picture = given.query, given.key, given.value, given.grid, given.key_mask
+            joined, log_mass = window(beyond, *picture, given.scale)
+            if call.mixer.joint is not None:
+                text = given.text_key, given.text_value, given.key_mask, given.text_mask, given.scale
+                joined = call.mixer.joint(joined, given.query, given.key, *text, log_mass)
+            wanted = call.mixed if len(joined) == len(call.mixed) else call.mixed[sample : sample + 1]
+            left[call.name] = left.get(call.name, 0.0) + float((joined.flatten(2) - wanted).square().sum())
+
+    with torch.no_grad(), watch_teacher(adapter, consume):
+        tiny()
+    return left
+
+
+@pytest.mark.parametrize("name", ["sd3", "lumina2", "hunyuanvideo", "mochi", "wan"])
+def test_the_mass_beyond_windows_is_fitted_to_the_softmax(name: str) -> None:
+    tiny, adapter = converted(name, window=3)
+    sharpen(tiny.model)
+    before = mass_errors(adapter, tiny)
+    fit_shares(adapter, [Batch(tiny, torch.ones(2))], lambda tensor: tensor)
+    after = mass_errors(adapter, tiny)
+    assert set(after) == set(adapter.layers)
+    assert all(after[layer] < error for layer, error in before.items())
+    for moved in (-0.5, 1.0):
+        with torch.no_grad():
+            for _, mixer in adapter.mixers():
+                assert mixer.window is not None
+                mixer.window.bias.add_(moved)
+        assert all(error > after[layer] for layer, error in mass_errors(adapter, tiny).items())

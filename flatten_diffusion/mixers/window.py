@@ -1,0 +1,125 @@
+"""Softmax within windows of the picture beside the linear part for what lies beyond, under one normaliser.
+
+What a query looks at next to itself it often picks by content, which neither a linear map of few dimensions nor a
+convolution can tell apart; within windows softmax is affordable, since its cost too grows linearly with the picture.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..ops.windows import NO_KEY, fits, from_windows, join_windows, windows_of
+from .grid import Grid, pictures_of
+from .joint import estimate_log_mass, softmax_with_sink
+
+
+class WindowAttention(nn.Module):
+    """Joins the mixer's output with the softmax over each query's own window.
+
+    The picture is cut into windows of `size` x `size` tokens, from its upper left corner (smaller ones at its edges),
+    frame by frame. With W the keys in the window of query i, S_i the softmax over them and L_i the mixer's output,
+
+        out_i = (1 - g_i) S_i + g_i L_i,   g_i = Z_far / (Z_W + Z_far).
+
+    Z_W = sum over W of exp(s q_i.k_m) is exact. Z_far, of the keys beyond, is estimated as `SharedNormalizer` does it,
+    from their number and from mean and covariance of all keys:
+
+        log Z_far = bias_h + log n_far + (1 + gain_h0) a_i + (1 + gain_h1) b_i.
+
+    Where one window holds the whole picture, this is the softmax itself, but for rounding and a share below 1e-4.
+
+    Parameters (zeros at the start): gain: [heads, 2], bias: [heads].
+    """
+
+    def __init__(self, heads: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.gain = nn.Parameter(torch.zeros(heads, 2))
+        self.bias = nn.Parameter(torch.zeros(heads))
+
+    def parts(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grid: Grid,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(1 - g) S [B, N, H, D] and g [B, N, H, 1] in the query's dtype, and log(Z_W + Z_far) [B, N, H].
+
+        Args:
+            query, key, value: [B, N, H, D], of the picture.
+            grid: of the tokens.
+            mask: bool [B, N], True where a key counts.
+            scale: of the softmax; None means D ** -0.5.
+        """
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        log_count, average, spread = self.far_features(query, key, grid, mask, scale)
+        gain = 1 + self.gain.to(average.dtype)
+        log_far = log_count + gain[:, 0] * average + gain[:, 1] * spread + self.bias.to(average.dtype)
+        rest, share = attend_within(query, key, value, grid, self.size, mask, scale, log_far)
+        return rest, share, log_far - share[..., 0].to(log_far.dtype).clamp(min=1e-30).log()
+
+    def far_features(
+        self, query: torch.Tensor, key: torch.Tensor, grid: Grid, mask: torch.Tensor | None, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """log n_far [B or 1, N, 1], a and b [B, N, H], of which log Z_far is made."""
+        _, average, spread = estimate_log_mass(query, key, mask, scale)
+        keep = key.new_ones(1, key.shape[1]) if mask is None else mask
+        keep = keep.to(average.dtype)
+        pictures = pictures_of(grid)
+        near = [part.sum(dim=1, keepdim=True).expand(part.shape) for part in windows_of(keep, pictures, self.size)]
+        far = keep.sum(dim=1, keepdim=True) - from_windows(near, pictures, self.size)
+        return far.clamp(min=NO_KEY).log()[..., None], average, spread
+
+    def forward(
+        self,
+        mixed: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grid: Grid,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out [B, N, H, D] from the mixer's output `mixed` and the arguments of `parts`, and log(Z_W + Z_far)."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            rest, share, log_mass = self.parts(query, key, value, grid, mask, scale)
+            return rest + share * mixed, log_mass
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        with torch.autocast(query.device.type, enabled=False):
+            return join_windows(
+                mixed, query, key, value, pictures_of(grid), self.size, mask, scale, self.gain, self.bias
+            )
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}"
+
+
+def attend_within(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: Grid,
+    size: int,
+    mask: torch.Tensor | None,
+    scale: float,
+    log_mass: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `softmax_with_sink`, each query with the keys of its own window."""
+    if mask is not None:  # whatever a masked slot holds, NaN included, is never read
+        key, value = (x.masked_fill(~mask[:, :, None, None], 0.0) for x in (key, value))
+    pictures = pictures_of(grid)
+    if mask is None and not all(fits(picture, size) for picture in pictures):
+        mask = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
+    parts = [windows_of(x, pictures, size) for x in (query, key, value, log_mass)]
+    masks = [None] * len(parts[0]) if mask is None else windows_of(mask, pictures, size)
+    # Not by its name in F: whoever watches that for the model's own attention shall not see windows.
+    product = torch.ops.aten.scaled_dot_product_attention
+    rests, shares = zip(
+        *(softmax_with_sink(q, k, v, keep, scale, m, product) for q, k, v, m, keep in zip(*parts, masks, strict=True)),
+        strict=True,
+    )
+    return from_windows(rests, pictures, size), from_windows(shares, pictures, size)
