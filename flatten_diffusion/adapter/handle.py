@@ -180,6 +180,8 @@ class Adapter:
             raise ValueError(f"Unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
         for _, mixer in self.mixers():
             mixer.backend = backend
+            if mixer.window is not None:
+                mixer.window.backend = backend
 
     def pin_grid(self, grid: Grid | None) -> None:
         """Tell graphs that are compiled whole (`fullgraph=True`) the size of the picture, where they cannot see it.

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops import call_dtype
 from ..ops.windows import key_moments, score_moments, spread_of
 
 _SINK_VALUE = 1024.0
@@ -204,6 +205,8 @@ def softmax_with_sink(
     of it, so that half precision does not blur it), and one more channel of the values is the sink's own, which gives
     its weight. `product` is the attention that runs, None for `F.scaled_dot_product_attention`.
     """
+    # Autocast would round the query after its score was split in two: cast before.
+    query, key, value = (x.to(call_dtype(query)) for x in (query, key, value))
     batch, tokens, heads, head_dim = query.shape
     extra = 8 - head_dim % 8  # fused kernels want multiples of 8
     extra = extra if extra >= 2 else extra + 8

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..ops import call_dtype
 from ..ops.windows import NO_KEY, fits, from_windows, join_windows, windows_of
 from .grid import Grid, pictures_of
 from .joint import estimate_log_mass, softmax_with_sink
@@ -35,6 +36,7 @@ class WindowAttention(nn.Module):
     def __init__(self, heads: int, size: int) -> None:
         super().__init__()
         self.size = size
+        self.backend = "auto"
         self.gain = nn.Parameter(torch.zeros(heads, 2))
         self.bias = nn.Parameter(torch.zeros(heads))
 
@@ -89,9 +91,10 @@ class WindowAttention(nn.Module):
             rest, share, log_mass = self.parts(query, key, value, grid, mask, scale)
             return rest + share * mixed, log_mass
         scale = query.shape[-1] ** -0.5 if scale is None else scale
+        mixed, query, key, value = (x.to(call_dtype(query)) for x in (mixed, query, key, value))
         with torch.autocast(query.device.type, enabled=False):
             return join_windows(
-                mixed, query, key, value, pictures_of(grid), self.size, mask, scale, self.gain, self.bias
+                mixed, query, key, value, pictures_of(grid), self.size, mask, scale, self.gain, self.bias, self.backend
             )
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from .focused_linear.dispatch import resolve_backend
 from .focused_linear.eager import ACCELERATOR_BLOCK_ELEMENTS, CPU_BLOCK_ELEMENTS
 from .focused_linear.reference import compute_dtype
 
@@ -113,15 +114,24 @@ def join_windows(
     scale: float,
     gain: torch.Tensor,
     bias: torch.Tensor,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `WindowAttention` gives for the mixer's output `mixed`: [B, N, H, D], and log masses [B, N, H].
 
-    query, key, value and mixed are [B, N, H, D] with any strides; gain [H, 2]; bias [H]; key_mask bool [B, N] or None.
+    query, key, value and mixed are [B, N, H, D] with any strides; gain [H, 2]; bias [H]; key_mask bool [B, N] or None;
+    backend as for `focused_linear_attention`.
     """
     dtype = compute_dtype(query.dtype)
     moments = key_moments(key, key_mask)
-    log_count = moments.number.log()
     gain, bias = 1 + gain.to(dtype), bias.to(dtype)
+    if resolve_backend(backend, query.device, query.dtype, query.shape[3]) == "triton":
+        from . import windows_triton  # a machine without triton never needs it
+
+        if windows_triton.fits_kernel(query, size):
+            return windows_triton.join(
+                mixed, query, key, value, pictures, size, key_mask, scale, gain, bias, moments, NO_KEY
+            )
+    log_count = moments.number.log()
     output = query.new_empty(query.shape)
     log_mass = query.new_empty(query.shape[:3], dtype=dtype)
     for sample in range(query.shape[0]):

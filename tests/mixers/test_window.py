@@ -197,3 +197,18 @@ def test_windows_are_not_split_over_processes():
     mixer.group = object()
     with pytest.raises(ValueError, match="Windows cannot be split over processes: convert with window=0"):
         mixer.attend(*_tensors((5, 7))[:3], (5, 7))
+
+
+def test_autocast_casts_before_the_score_is_split():
+    grid = (6, 9)
+    query, key, value, mixed = (x.float() for x in _tensors(grid, dim=10))
+    window = WindowAttention(2, 4)
+    with torch.no_grad():
+        window.bias.fill_(4.0)
+        expected, mass = window(mixed, query, key, value, grid, None, None)
+    for trained in (False, True):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(trained):
+            out, log_mass = window(mixed.bfloat16(), query, key, value.bfloat16(), grid, None, None)
+        assert out.dtype == torch.bfloat16
+        assert (out.float() - expected).norm() / expected.norm() < 0.01
+        torch.testing.assert_close(log_mass.float(), mass, rtol=0, atol=0.06)

@@ -102,3 +102,25 @@ def test_compiles_for_hopper(monkeypatch, dtype, heads, head_dim, grid, kernel, 
             text = compiled.asm["ptx"]
             assert "mma" in text, f"{name} does not use the matrix units"
             assert ".v4.b32" in text or "cp.async.cg" in text, f"{name} has no 16-byte accesses"
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "masked"), [(torch.bfloat16, 64, True), (torch.float32, 40, False)])
+def test_windows_compile_for_hopper(monkeypatch, dtype, head_dim, masked):
+    from flatten_diffusion.ops import windows, windows_triton
+
+    if type(windows_triton.window_kernel).__name__ != "JITFunction":
+        pytest.skip("kernels were defined under TRITON_INTERPRET")
+    found: list[tuple[str, ASTSource, dict[str, int]]] = []
+    monkeypatch.setattr(windows_triton, "window_kernel", Recorder(windows_triton.window_kernel, found))
+    monkeypatch.setattr(windows_triton, "on_device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(windows, "resolve_backend", lambda *arguments: "triton")
+    query, key, value, mixed = torch.zeros(2, 4096, 4, 8, head_dim, dtype=dtype).unbind(2)
+    mask = torch.ones(2, 4096, dtype=torch.bool) if masked else None
+    windows.join_windows(
+        mixed, query, key, value, [(1, 64, 64)], 8, mask, 0.125, torch.zeros(8, 2), torch.zeros(8), "triton"
+    )
+    ((name, source, options),) = found
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    assert compiled.metadata.shared <= SHARED_MEMORY, name
+    if dtype == torch.bfloat16:
+        assert "mma" in compiled.asm["ptx"], "the matrix units are not used"
