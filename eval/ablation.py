@@ -145,6 +145,7 @@ _UNFOCUSED = CalibrationSettings(powers=(1.0,))
 _INHERITED = CalibrationSettings(shifts=(), pair_shifts=())
 VARIANTS = (
     Variant("focused + convolution (whole recipe)"),
+    Variant("with windows of 8", {"window": 8}),
     Variant("no convolution", {"kernel_size": 0}),
     Variant("no focusing power", {"focusing_factor": 1.0}, {"calibration": _UNFOCUSED}),
     Variant("plain relu: neither", {"focusing_factor": 1.0, "kernel_size": 0}, {"calibration": _UNFOCUSED}),

@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, metavar="N", help="for seconds per image (default: the authors')")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="(default float32)")
     parser.add_argument("--kernel-size", type=int, default=5, metavar="K", help="of the convolution (default 5)")
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=0,
+        metavar="W",
+        help="side of windows that stay softmax (default none)",
+    )
     parser.add_argument("--compile", action="store_true", help="also under torch.compile")
     parser.add_argument("--fewer", action="store_true", help="default SDPA and the fast backends only")
     parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="interleaved rounds (default 10)")
@@ -60,6 +67,10 @@ def run(arguments: argparse.Namespace) -> Outcome:
         raise InputError("--adapter belongs to --pipeline; --arch and --op have random weights")
     if arguments.kernel_size < 0 or (arguments.kernel_size and arguments.kernel_size % 2 == 0):
         raise InputError(f"--kernel-size {arguments.kernel_size}: needs an odd number, or 0 for no convolution")
+    if arguments.window < 0 or arguments.window == 1:
+        raise InputError(f"--window {arguments.window}: needs a whole number from 2, or 0 for no windows")
+    if arguments.window and arguments.op:
+        raise InputError("--window belongs to a model; the operator alone has none")
     device = resolve_device(arguments.device)
     torch.manual_seed(arguments.seed)
     return _run_operator(arguments, device) if arguments.op else _run_model(arguments, device)
@@ -67,7 +78,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
 def _run_model(arguments: argparse.Namespace, device: torch.device) -> Outcome:
     model, adapter, options = _subject(arguments, device)
-    config = AdapterConfig(kernel_size=arguments.kernel_size)
+    config = AdapterConfig(kernel_size=arguments.kernel_size, window=arguments.window)
     sizes = sorted(arguments.sizes, key=lambda pair: pair[0] * pair[1])
     results = measure_model(model, sizes, device, options, config, adapter)
     if all(variant["median"] is None for row in results for variant in row["variants"].values()):
@@ -87,6 +98,8 @@ def _run_model(arguments: argparse.Namespace, device: torch.device) -> Outcome:
         "batch": options.batch,
         "guidance_batches": options.guidance_batches,
         "steps": options.steps,
+        "kernel_size": arguments.kernel_size,
+        "window": arguments.window,
         "sizes": results,
         "crossover": crossovers,
         "environment": environment(device),

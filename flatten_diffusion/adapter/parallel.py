@@ -68,6 +68,8 @@ def _check(adapter: Adapter) -> tuple[str, str]:
     name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in _BETWEEN), None)
     if name is None:
         raise ValueError(f"token_parallel knows {', '.join(_BETWEEN)} only, not {type(model).__name__}.")
+    if adapter.config.window:
+        raise ValueError("token_parallel cannot split windows over processes: convert with window=0.")
     left = [row.name for row in survey(model) if row.reason is None and row.name not in adapter.layers]
     if left:
         raise ValueError(f"{left[0]} stayed softmax, which needs every token in one process: convert every layer.")

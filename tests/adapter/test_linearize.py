@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 
-from flatten_diffusion import AdapterConfig, FocusedLinearAttnProcessor, linearize, restore
+from flatten_diffusion import AdapterConfig, FocusedLinearAttnProcessor, linearize, load_adapter, restore
 
 from ..models.tiny import CONVERTIBLE, assert_untouched, build, stir
 
@@ -77,6 +77,35 @@ def test_bfloat16_is_finite_and_parameters_follow_the_model(name):
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
     tiny.model.float()
     assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", CONVERTIBLE)
+def test_windows_live_with_the_adapter(name, tmp_path):
+    tiny, fresh = build(name), build(name)
+    keys, modules = list(tiny.model.state_dict()), list(tiny.model.named_modules())
+    with torch.no_grad():
+        native = tiny()
+        linearize(tiny.model, AdapterConfig(kernel_size=0))
+        plain = tiny()
+        restore(tiny.model)
+        adapter = linearize(tiny.model, AdapterConfig(kernel_size=0, window=3))
+        assert (tiny() - native).norm() < (plain - native).norm()
+        stir(adapter)
+        converted = tiny()
+        assert converted.isfinite().all() and not torch.equal(converted, native)
+        adapter.save_pretrained(tmp_path)
+        assert load_adapter(fresh.model, tmp_path).config == adapter.config
+        assert torch.equal(fresh(), converted)
+        with adapter.disabled():
+            assert torch.equal(tiny(), native)
+    trained = tiny()
+    torch.testing.assert_close(trained, converted, rtol=1e-3, atol=1e-4)
+    trained.square().sum().backward()
+    for key, parameter in adapter.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+    restore(tiny.model)
+    assert torch.equal(tiny(), native)
+    assert_untouched(tiny.model, keys, modules)
 
 
 def test_disabled_nests_and_survives_exceptions():
@@ -172,6 +201,8 @@ def test_patterns_that_select_nothing_raise(config, message):
         ({"kernel_size": -1}, "kernel_size is -1"),
         ({"kernel_size": True}, "kernel_size is True"),
         ({"min_tokens": 1.5}, "min_tokens is 1.5"),
+        ({"window": 1}, "window is 1: pass a whole number from 2"),
+        ({"window": True}, "window is True"),
         ({"include": "down*"}, "include is 'down\\*'"),
         ({"exclude": None}, "exclude is None"),
         ({"exclude": [""]}, "exclude is"),

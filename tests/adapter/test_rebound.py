@@ -358,14 +358,15 @@ def test_two_aspect_ratios_before_one_backward_checkpointed(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * expected[0].abs().max().item())
 
 
+@pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("name", ["sd3", "wan", "lumina2", "hunyuanvideo"])
-def test_compiles_as_the_native_model_does(name):
+def test_compiles_as_the_native_model_does(name, window):
     """In one graph, but for Lumina2, which diffusers itself cannot compile whole."""
     tiny = build_rebound(name)
     torch._dynamo.reset()
     with torch.no_grad():
         native = tiny()
-        adapter = _convert(tiny, deltas=("q", "out") if name == "sd3" else (), delta_rank=2)
+        adapter = _convert(tiny, deltas=("q", "out") if name == "sd3" else (), delta_rank=2, window=window)
         stir(adapter)
         expected = tiny()
         compiled = torch.compile(tiny.model, fullgraph=name != "lumina2", backend="eager", dynamic=False)
