@@ -234,6 +234,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=16)
     parser.add_argument("--transfer_steps", type=int, default=100)
     parser.add_argument("--max_train_steps", type=int, default=100)
+    parser.add_argument("--evaluation_batches", type=int, default=32, help="of held-out noise draws per measurement")
     parser.add_argument("--transfer_learning_rate", type=float, default=3e-3)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--variants", nargs="*", default=None, help="substrings of variant names; default: all")
@@ -254,6 +255,7 @@ def prepare(args: argparse.Namespace, temporary: Path) -> Budget:
         seed=args.seed,
         train_batch_size=args.train_batch_size,
         rank=None,
+        evaluation_batches=args.evaluation_batches,
         transfer=StageSettings(args.transfer_steps, args.transfer_learning_rate, "cosine", 10),
         finetune=StageSettings(args.max_train_steps, args.learning_rate, "cosine", 10),
     )
