@@ -46,6 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--kernel_size", type=int, default=0, help="depthwise convolution; 0 leaves it out")
     parser.add_argument("--focusing_factor", type=float, default=3.0)
+    parser.add_argument("--feature_maps", action="store_true", help="also time the operator with maps of query and key")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, default=20)
@@ -87,17 +88,30 @@ def variants(options: argparse.Namespace, tokens: int) -> dict[str, Callable[[],
         extra |= {"grid": most_square_grid(tokens)}
     upstream = torch.randn(query.shape, generator=generator).to(device, dtype)
 
-    def timed(forward: Callable[[], torch.Tensor], heads_first: bool) -> Callable[[], object]:
+    maps: dict[str, Any] = {}
+    if options.feature_maps:
+        for name in ("query_map", "key_map"):
+            weight = torch.eye(options.head_dim) + 0.1 * torch.randn(
+                options.heads, options.head_dim, options.head_dim, generator=generator
+            )
+            bias = torch.randn(options.heads, options.head_dim, generator=generator)
+            maps[name] = tuple(
+                x.to(device).requires_grad_(options.backward) for x in (weight, bias)
+            )  # float32, learned
+
+    def timed(
+        forward: Callable[[], torch.Tensor], heads_first: bool, parameters: tuple[torch.Tensor, ...] = ()
+    ) -> Callable[[], object]:
         if not options.backward:
             return torch.inference_mode()(forward)
         grad = upstream.transpose(1, 2) if heads_first else upstream
-        return lambda: torch.autograd.grad(forward(), (query, key, value), grad)
+        return lambda: torch.autograd.grad(forward(), (query, key, value, *parameters), grad)
 
     def softmax() -> torch.Tensor:
         return F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
 
-    def linear(backend: str) -> Callable[[], torch.Tensor]:
-        return lambda: focused_linear_attention(query, key, value, backend=backend, **extra)
+    def linear(backend: str, maps: dict[str, Any] | None = None) -> Callable[[], torch.Tensor]:
+        return lambda: focused_linear_attention(query, key, value, backend=backend, **extra, **(maps or {}))
 
     found: dict[str, Callable[[], object]] = {}
     if not options.no_sdpa:
@@ -108,6 +122,9 @@ def variants(options: argparse.Namespace, tokens: int) -> dict[str, Callable[[],
     for backend in available_backends(device):
         if backend != "reference":
             found[f"linear:{backend}"] = timed(linear(backend), heads_first=False)
+            if maps:
+                learned = (*maps["query_map"], *maps["key_map"])
+                found[f"linear:{backend}+maps"] = timed(linear(backend, maps), False, learned)
     if device.type == "cuda" and not (options.no_public or options.backward):
         for name, forward in public_variants(query, key, value).items():
             found[name] = timed(forward, heads_first=False)

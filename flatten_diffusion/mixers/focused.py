@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..ops import even_rows, focused_linear_attention, split_focused_linear_attention
-from ..ops.focused_linear.reference import depthwise_convolution
+from ..ops.focused_linear.reference import HeadMap, depthwise_convolution, map_heads
 from .base import Mixer, MixerSpec, register_mixer
 from .grid import Grid, pictures_of
 
@@ -27,9 +27,13 @@ class FeatureMap(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, N, H, D] -> x + x @ weight + bias, in the input's dtype."""
-        eye = torch.eye(self.weight.shape[-1], device=self.weight.device, dtype=self.weight.dtype)
-        mapped = torch.einsum("bnhd,hde->bnhe", tokens, (eye + self.weight).to(tokens.dtype))
-        return mapped + self.bias.to(mapped.dtype)
+        return map_heads(tokens, self.affine)
+
+    @property
+    def affine(self) -> HeadMap:
+        """(eye + weight, bias): the map as the operator takes it, at least float32 beside the ones."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.eye(self.weight.shape[-1], device=self.weight.device, dtype=dtype) + self.weight, self.bias
 
 
 @register_mixer("focused_linear")
@@ -95,7 +99,6 @@ class FocusedLinearAttention(Mixer):
 
         Raises ValueError when the convolution has no grid or the grid does not fit.
         """
-        query, key = self.map_features(query, key)
         pictures = pictures_of(grid) if self.conv_weight is not None and grid is not None else []
         one_frame = len(pictures) < 2 and all(frames == 1 for frames, _, _ in pictures)
         if self.group is not None:
@@ -108,6 +111,8 @@ class FocusedLinearAttention(Mixer):
             value,
             focusing_factor=self.spec.focusing_factor,
             scale=self.scale,
+            query_map=None if self.query_map is None else self.query_map.affine,
+            key_map=None if self.key_map is None else self.key_map.affine,
             conv_weight=self.conv_weight if one_frame else None,
             conv_bias=self.conv_bias if one_frame else None,
             grid=pictures[0][1:] if one_frame and pictures else None,
@@ -134,6 +139,8 @@ class FocusedLinearAttention(Mixer):
             rows=rows,
             focusing_factor=self.spec.focusing_factor,
             scale=self.scale,
+            query_map=None if self.query_map is None else self.query_map.affine,
+            key_map=None if self.key_map is None else self.key_map.affine,
             conv_weight=self.conv_weight,
             conv_bias=self.conv_bias,
             key_mask=key_mask,

@@ -123,6 +123,19 @@ def test_a_conversion_that_misses_is_said(
     assert found == {"extra_bytes": extra, "share": extra / 1000, "met": met}
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_operator_with_feature_maps(backward: bool) -> None:
+    settings = ["--device", "cpu", "--no_sdpa", "--feature_maps", "--rounds", "1", "--warmup", "1", "--head_dim", "8"]
+    measured = bench_operator.parse_arguments(settings + ["--backward"] * backward)
+    row = bench_operator.measure(measured, 64)
+    assert set(row["variants"]) == {"linear:eager", "linear:eager+maps"} and not row["failures"]
+    mapped, plain = (bench_operator.variants(measured, 64)[f"linear:eager{end}"]() for end in ("+maps", ""))
+    if backward:
+        assert [gradient.shape for gradient in mapped[3:]] == [(8, 8, 8), (8, 8), (8, 8, 8), (8, 8)]
+    else:
+        assert mapped.shape == plain.shape and not torch.equal(mapped, plain)
+
+
 def test_other_packages_are_named_with_the_reason_they_are_missing() -> None:
     query = torch.randn(1, 8, 2, 4)
     (name, run), *others = bench_operator.public_variants(query, query, query).items()

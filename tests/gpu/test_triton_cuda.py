@@ -9,6 +9,7 @@ import torch
 
 from flatten_diffusion.ops import focused_linear_attention, resolve_backend
 from tests.ops.focused_cases import (
+    attend,
     make_inputs,
     relative_error,
     run_plain_with_gradients,
@@ -44,10 +45,11 @@ def mask_for(shape):
     return keep.cuda()
 
 
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_float32(shape, masked):
-    inputs = make_inputs(shape, dtype=torch.float32, device="cuda", kernel=5)
+def test_float32(shape, masked, maps):
+    inputs = make_inputs(shape, dtype=torch.float32, device="cuda", kernel=5, maps=maps)
     if masked:
         inputs["key_mask"] = mask_for(shape)
     output, gradients = run_with_gradients(inputs, backend="triton")
@@ -59,9 +61,10 @@ def test_float32(shape, masked):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_half_precision_error(shape, dtype):
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
+def test_half_precision_error(shape, dtype, maps):
     """Against float64 on the same rounded inputs: at most twice what plain code in that dtype loses."""
-    inputs = make_inputs(shape, dtype=dtype, device="cuda")
+    inputs = make_inputs(shape, dtype=dtype, device="cuda", maps=maps)
     output, gradients = run_with_gradients(inputs, backend="triton")
     expected, expected_gradients = exact(inputs)
     plain, plain_gradients = run_plain_with_gradients(inputs)
@@ -75,13 +78,14 @@ def test_half_precision_error(shape, dtype):
         assert relative_error(gradient, expected_gradients[name]) <= bound, name
 
 
-def test_more_tokens_than_one_wave():
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
+def test_more_tokens_than_one_wave(maps):
     """Many chunks and programs that take every head; the state is summed in a fixed order, so runs are bit-equal."""
-    inputs = make_inputs((2, (250, 262), 8, 40), dtype=torch.float32, device="cuda")
-    output = focused_linear_attention(**inputs, backend="triton")
+    inputs = make_inputs((2, (250, 262), 8, 40), dtype=torch.float32, device="cuda", maps=maps)
+    output = attend(**inputs, backend="triton")
     wide = {k: v.double() if torch.is_tensor(v) else v for k, v in inputs.items()}
-    assert relative_error(output, focused_linear_attention(**wide, backend="eager")) < 5e-6
-    assert torch.equal(output, focused_linear_attention(**inputs, backend="triton"))
+    assert relative_error(output, attend(**wide, backend="eager")) < 5e-6
+    assert torch.equal(output, attend(**inputs, backend="triton"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
@@ -98,10 +102,11 @@ def test_large_magnitudes_and_negative_tokens(dtype):
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_masked_slots_and_new_memory_may_hold_anything(poison):
+def test_masked_slots_and_new_memory_may_hold_anything(poison, maps):
     shape = (2, (14, 15), 2, 40)
-    inputs = make_inputs(shape, dtype=torch.bfloat16, device="cuda")
+    inputs = make_inputs(shape, dtype=torch.bfloat16, device="cuda", maps=maps)
     inputs["key_mask"] = mask = mask_for(shape)
     mask[1] = False
     expected, expected_gradients = run_with_gradients(inputs, backend="triton")
@@ -117,32 +122,35 @@ def test_masked_slots_and_new_memory_may_hold_anything(poison):
         assert torch.equal(gradient, expected_gradients[name]), name
 
 
-def test_auto_takes_the_kernels_without_copies():
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
+def test_auto_takes_the_kernels_without_copies(maps):
     """From a fused projection's output: the call allocates its output and small states, nothing of an input's size."""
     assert resolve_backend("auto", "cuda", torch.bfloat16, 40) == "triton"
     assert resolve_backend("auto", "cuda", torch.float64, 40) == "eager"
     fused = torch.randn(2, 128 * 128, 3 * 320, device="cuda", dtype=torch.bfloat16)
     query, key, value = (t.unflatten(-1, (8, 40)) for t in fused.chunk(3, dim=-1))
     weight = torch.randn(8 * 40, 1, 5, 5, device="cuda")
+    pair = torch.eye(40, device="cuda").repeat(8, 1, 1), torch.randn(8, 40, device="cuda")
+    extra = {"query_map": pair, "key_map": pair} if maps else {}
     with torch.inference_mode():
-        focused_linear_attention(query, key, value, conv_weight=weight, grid=(128, 128))
+        focused_linear_attention(query, key, value, conv_weight=weight, grid=(128, 128), **extra)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        output = focused_linear_attention(query, key, value, conv_weight=weight, grid=(128, 128))
-        extra = torch.cuda.max_memory_allocated() - before - output.nbytes
-    assert extra < 0.5 * output.nbytes
+        output = focused_linear_attention(query, key, value, conv_weight=weight, grid=(128, 128), **extra)
+        scratch = torch.cuda.max_memory_allocated() - before - output.nbytes
+    assert scratch < 0.5 * output.nbytes
 
 
 def test_no_host_synchronisation():
-    inputs = make_inputs((2, (15, 13), 3, 40), dtype=torch.bfloat16, device="cuda")
+    inputs = make_inputs((2, (15, 13), 3, 40), dtype=torch.bfloat16, device="cuda", maps=True)
     inputs["key_mask"] = mask_for((2, (15, 13), 3, 40))
     run_with_gradients(inputs, backend="triton")
     leaves = {k: v.clone().requires_grad_(v.is_floating_point()) if torch.is_tensor(v) else v
               for k, v in inputs.items()}  # fmt: skip
     torch.cuda.set_sync_debug_mode("error")
     try:
-        output = focused_linear_attention(**leaves, backend="triton")
+        output = attend(**leaves, backend="triton")
         output.backward(torch.ones_like(output))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from flatten_diffusion.ops import focused_linear_attention
 
 # batch, grid, heads, head_dim
+MAPS = ("query_map_weight", "query_map_bias", "key_map_weight", "key_map_bias")
 SHAPES = [(2, (7, 9), 3, 40), (1, (20, 25), 1, 60), (2, (5, 3), 8, 32), (1, (1, 63), 2, 160), (1, (9, 7), 2, 64)]
 
 
@@ -19,8 +20,8 @@ def shape_id(shape: tuple[int, tuple[int, int], int, int]) -> str:
     return f"B{batch}-N{height}x{width}-H{heads}-D{head_dim}"
 
 
-def make_inputs(shape, dtype=torch.float64, device="cpu", kernel=3, seed=0, magnitude=1.0):
-    """Random tensors of one call, as keyword arguments; the projections' layout, so heads are views."""
+def make_inputs(shape, dtype=torch.float64, device="cpu", kernel=3, seed=0, magnitude=1.0, maps=False):
+    """Random tensors of one call, as keyword arguments of `attend`; the projections' layout, so heads are views."""
     batch, grid, heads, head_dim = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -28,7 +29,7 @@ def make_inputs(shape, dtype=torch.float64, device="cpu", kernel=3, seed=0, magn
         return torch.randn(*size, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
 
     tokens = math.prod(grid)
-    return {
+    inputs = {
         "query": draw(batch, tokens, heads, head_dim) * magnitude,
         "key": draw(batch, tokens, heads, head_dim) * magnitude,
         "value": draw(batch, tokens, heads, head_dim),
@@ -37,6 +38,20 @@ def make_inputs(shape, dtype=torch.float64, device="cpu", kernel=3, seed=0, magn
         "conv_bias": draw(heads * head_dim),
         "grid": grid,
     }
+    if maps:
+        eye = torch.eye(head_dim, dtype=dtype, device=device)
+        for name in ("query_map", "key_map"):
+            inputs[f"{name}_weight"] = eye + draw(heads, head_dim, head_dim) * head_dim**-0.5
+            inputs[f"{name}_bias"] = draw(heads, head_dim) * magnitude
+    return inputs
+
+
+def attend(function=focused_linear_attention, **arguments):
+    """`function` with the tensors of the maps, each of which is an argument of its own here, in pairs."""
+    for name in ("query_map", "key_map"):
+        if f"{name}_weight" in arguments:
+            arguments[name] = arguments.pop(f"{name}_weight"), arguments.pop(f"{name}_bias")
+    return function(**arguments)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -48,21 +63,26 @@ def run_with_gradients(inputs, **options):
     """Output and the gradient of every tensor, for one fixed random direction."""
     leaves = {k: v.detach().clone().requires_grad_(v.is_floating_point()) if torch.is_tensor(v) else v
               for k, v in inputs.items()}  # fmt: skip
-    output = focused_linear_attention(**leaves, **options)
+    output = attend(**leaves, **options)
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     output.backward(direction.to(output))
     return output.detach(), {k: v.grad for k, v in leaves.items() if torch.is_tensor(v) and v.is_floating_point()}
 
 
 def loop_focused_attention(
-    query, key, value, focusing_factor=3.0, scale=None, conv_weight=None, conv_bias=None, grid=None, key_mask=None
-):
+    query, key, value, focusing_factor=3.0, scale=None, conv_weight=None, conv_bias=None, grid=None, key_mask=None,
+    **maps,
+):  # fmt: skip
     """One token at a time in float64 numpy, from the formula only: shares no line with the package."""
     query, key, value = (t.double().numpy() for t in (query, key, value))
     batch, tokens, heads, head_dim = query.shape
+    maps = {name: tensor.double().numpy() for name, tensor in maps.items()}
     divisor = np.ones(heads * head_dim) if scale is None else scale.double().numpy()
 
-    def feature(token):  # [H, D]
+    def feature(token, name):  # [H, D]
+        if maps:
+            rows = [token[h] @ maps[f"{name}_map_weight"][h] + maps[f"{name}_map_bias"][h] for h in range(heads)]
+            token = np.stack(rows)
         flat = (np.maximum(token.reshape(-1), 0.0) + 1e-6) / divisor
         raised = flat**focusing_factor
         return (raised * math.sqrt((flat**2).sum()) / math.sqrt((raised**2).sum())).reshape(heads, head_dim)
@@ -72,9 +92,9 @@ def loop_focused_attention(
         kept = [m for m in range(key.shape[1]) if key_mask is None or bool(key_mask[b, m])]
         if not kept:
             continue
-        features = {m: feature(key[b, m]) for m in kept}
+        features = {m: feature(key[b, m], "key") for m in kept}
         for n in range(tokens):
-            feature_n = feature(query[b, n])
+            feature_n = feature(query[b, n], "query")
             for h in range(heads):
                 numerator, normalizer = np.zeros(head_dim), 1e-6
                 for m in kept:
@@ -103,13 +123,16 @@ def run_plain_with_gradients(inputs):
     leaves = {k: v.detach().clone().requires_grad_() if torch.is_tensor(v) else v for k, v in inputs.items()}
     query, key, value, heads = leaves["query"], leaves["key"], leaves["value"], inputs["query"].shape[2]
 
-    def feature(x):
+    def feature(x, name):
+        if f"{name}_map_weight" in leaves:
+            weight, bias = (leaves[f"{name}_map_{part}"].to(x.dtype) for part in ("weight", "bias"))
+            x = torch.einsum("bnhd,hde->bnhe", x, weight) + bias
         u = (F.relu(x).flatten(2) + 1e-6) / leaves["scale"]
         norm = u.norm(dim=-1, keepdim=True)
         raised = (u / u.detach().amax(dim=-1, keepdim=True)) ** 3  # plain cubing is NaN in fp16 already here
         return (raised / raised.norm(dim=-1, keepdim=True) * norm).unflatten(-1, (heads, -1))
 
-    q, k = feature(query), feature(key)
+    q, k = feature(query, "query"), feature(key, "key")
     normalizer = torch.einsum("bnhd,bhd->bnh", q, k.mean(dim=1)) + 1e-6
     state = torch.einsum("bmhd,bmhe->bhde", k / k.shape[1], value)
     output = torch.einsum("bnhd,bhde->bnhe", q, state) / normalizer[..., None]

@@ -13,6 +13,8 @@ from flatten_diffusion.ops.focused_linear import triton as launcher
 from flatten_diffusion.ops.focused_linear.operator import focused_linear
 
 from .focused_cases import (
+    MAPS,
+    attend,
     loop_focused_attention,
     make_inputs,
     relative_error,
@@ -44,30 +46,37 @@ def mask_for(shape, keep=0.7, seed=5):
 SHAPES = [(1, (9, 11), 3, 40), (2, (5, 3), 2, 32), (1, (7, 9), 1, 60), (1, (3, 13), 1, 160), (1, (9, 7), 2, 72)]
 
 
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_float32(shape, processors):
-    inputs = make_inputs(shape, dtype=torch.float32, kernel=3)
+def test_float32(shape, maps, processors):
+    """Maps inside the kernels at head_dim 32, 40 and 60, before them at 72 and 160."""
+    inputs = make_inputs(shape, dtype=torch.float32, kernel=3, maps=maps)
     if shape[3] in (40, 160):
         inputs["key_mask"] = mask_for(shape)
     output, gradients = run_with_gradients(inputs, backend="triton")
     expected, expected_gradients = exact(inputs)
     assert relative_error(output, expected) < FLOAT32_ERROR
     for name, gradient in gradients.items():
-        assert relative_error(gradient, expected_gradients[name]) < FLOAT32_ERROR, name
+        # A bias moves every token alike, and the tokens' shares in its gradient cancel.
+        bound = FLOAT32_ERROR * (4 if name in MAPS else 1)
+        assert relative_error(gradient, expected_gradients[name]) < bound, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("maps", [None, "half", "float32"])
 @pytest.mark.parametrize("shape", [(1, (9, 11), 2, 40), (1, (3, 5), 1, 160)], ids=shape_id)
-def test_half_precision_error(shape, dtype):
+def test_half_precision_error(shape, dtype, maps):
     """Against float64 on the same rounded inputs: at most twice what plain code in that dtype loses."""
-    inputs = make_inputs(shape, dtype=dtype)
+    inputs = make_inputs(shape, dtype=dtype, maps=maps is not None)
+    if maps == "float32":  # as when training
+        inputs |= {name: inputs[name].float() for name in MAPS}
     output, gradients = run_with_gradients(inputs, backend="triton")
     expected, expected_gradients = exact(inputs)
     plain, plain_gradients = run_plain_with_gradients(inputs)
     assert output.dtype == dtype
     assert relative_error(output, expected) <= 2 * relative_error(plain, expected)
     for name, gradient in gradients.items():
-        assert gradient.dtype == dtype
+        assert gradient.dtype == inputs[name].dtype
         # Plain fp16 gradients are often NaN (1e-6 is subnormal there): then two roundings are the yardstick.
         plain_error = relative_error(plain_gradients[name], expected_gradients[name])
         floor = 2 * torch.finfo(dtype).eps
@@ -106,6 +115,17 @@ def test_without_parameters_and_across_lengths(processors):
     assert relative_error(output, expected) < FLOAT32_ERROR
     for name, gradient in gradients.items():
         assert relative_error(gradient, expected_gradients[name]) < FLOAT32_ERROR, name
+
+
+@pytest.mark.parametrize("name", ["query_map", "key_map"])
+def test_one_map_alone(name, processors):
+    inputs = make_inputs((1, (5, 13), 2, 24), dtype=torch.float32, maps=True)
+    call = {part: inputs[part] for part in ("query", "key", "value", f"{name}_weight", f"{name}_bias")}
+    output, gradients = run_with_gradients(call, backend="triton")
+    expected, expected_gradients = exact(call)
+    assert relative_error(output, expected) < FLOAT32_ERROR
+    for part, gradient in gradients.items():
+        assert relative_error(gradient, expected_gradients[part]) < 4 * FLOAT32_ERROR, part
 
 
 @pytest.mark.parametrize("layout", ["sliced_qkv", "heads_first", "odd_strides"])
@@ -171,9 +191,11 @@ def test_negative_tokens_and_heads(dtype, factor):
     assert (gradients["query"][:, 4:9] == 0).all() and (gradients["key"][:, 7:] == 0).all()
 
 
-def test_masked_slots_and_new_memory_may_hold_anything(processors):
-    shape = (2, (4, 5), 2, 20)
-    inputs = make_inputs(shape, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("shape", "maps"), [((2, (4, 5), 2, 20), False), ((2, (4, 5), 2, 20), True), ((1, (3, 5), 1, 72), True)]
+)
+def test_masked_slots_and_new_memory_may_hold_anything(shape, maps, processors):
+    inputs = make_inputs(shape, dtype=torch.float32, maps=maps)
     inputs["key_mask"] = mask = mask_for(shape, keep=0.5)
     expected, expected_gradients = run_with_gradients(inputs, backend="triton")
     for name in ("key", "value"):
@@ -189,23 +211,26 @@ def test_masked_slots_and_new_memory_may_hold_anything(processors):
         assert torch.equal(gradient, expected_gradients[name]), name
 
 
-def test_nan_in_a_live_token_is_not_hidden():
-    inputs = make_inputs((1, (3, 5), 1, 16), dtype=torch.float32)
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
+def test_nan_in_a_live_token_is_not_hidden(maps):
+    inputs = make_inputs((1, (3, 5), 1, 16), dtype=torch.float32, maps=maps)
     inputs["query"][0, 4] = float("nan")
-    output = focused_linear_attention(**inputs, backend="triton")
+    output = attend(**inputs, backend="triton")
     assert output[0, 4].isnan().all() and output[0, 5:].isfinite().all()
 
 
-def test_registration_and_one_graph():
-    inputs = make_inputs((1, (2, 3), 1, 16), dtype=torch.float32)
-    names = ("query", "key", "value", "scale", "conv_weight", "conv_bias")
-    tensors = [inputs[name].requires_grad_() for name in names]
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
+def test_registration_and_one_graph(maps):
+    inputs = make_inputs((1, (2, 3), 1, 16), dtype=torch.float32, maps=maps)
+    names = ("query", "key", "value", "scale", *MAPS, "conv_weight", "conv_bias")
+    tensors = [inputs[name].requires_grad_() if name in inputs else None for name in names]
     torch.library.opcheck(focused_linear, (*tensors, None, 3.0, [2, 3], "triton"))
 
+    names = [name for name in names if name in inputs]
+    tensors = [inputs[name] for name in names]
+
     def loss(*tensors):
-        return focused_linear_attention(
-            **dict(zip(names, tensors, strict=True)), grid=(2, 3), backend="triton"
-        ).square().sum()  # fmt: skip
+        return attend(**dict(zip(names, tensors, strict=True)), grid=(2, 3), backend="triton").square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(loss(*tensors), tensors)

@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from flatten_diffusion.ops import focused_linear_attention, split_focused_linear_attention
 
-from .focused_cases import make_inputs, relative_error
+from .focused_cases import MAPS, attend, make_inputs, relative_error
 
 TOKENS = ("query", "key", "value")
-PARAMETERS = ("scale", "conv_weight", "conv_bias")
+PARAMETERS = ("scale", *MAPS, "conv_weight", "conv_bias")
 
 
 def join(rank: int, size: int, folder: str) -> None:
@@ -51,10 +51,11 @@ def check(
     shape: tuple[int, int, int] = (2, 2, 8),
     tolerance: float = 1e-12,
     power: float = 3.0,
+    maps: bool = False,
 ) -> None:
     """Output and every gradient; those of the parameters add up over the processes."""
     batch, heads, head_dim = shape
-    inputs = make_inputs((batch, (sum(rows), width), heads, head_dim), dtype=dtype, kernel=max(kernel, 1))
+    inputs = make_inputs((batch, (sum(rows), width), heads, head_dim), dtype=dtype, kernel=max(kernel, 1), maps=maps)
     if kernel == 0:
         del inputs["conv_weight"], inputs["conv_bias"], inputs["grid"]
     direction = torch.randn(inputs["query"].shape, generator=torch.Generator().manual_seed(3)).to(dtype)
@@ -65,7 +66,7 @@ def check(
         mask[-1] = False  # a sample without any key at all
     whole = {name: t.clone().requires_grad_() if torch.is_tensor(t) else t for name, t in inputs.items()}
     options = {"focusing_factor": power, "backend": backend}
-    expected = focused_linear_attention(**whole, key_mask=mask, **options)
+    expected = attend(**whole, key_mask=mask, **options)
     expected.backward(direction)
 
     start = sum(rows[:rank]) * width
@@ -77,11 +78,10 @@ def check(
             if poison is not None and mask is not None and name in ("key", "value"):
                 part[~mask[:, own]] = poison
             mine[name] = part.requires_grad_()
-    actual = split_focused_linear_attention(
-        **mine, rows=rows if kernel else None, key_mask=None if mask is None else mask[:, own], **options
-    )
+    options |= {"rows": rows if kernel else None, "key_mask": None if mask is None else mask[:, own]}
+    actual = attend(split_focused_linear_attention, **mine, **options)
     actual.backward(direction[:, own])
-    label = f"rank {rank} of {rows}, kernel {kernel}, {dtype}, {backend}"
+    label = f"rank {rank} of {rows}, kernel {kernel}, {dtype}, {backend}, maps {maps}"
     assert actual.dtype == dtype
     assert relative_error(actual, expected[:, own]) < tolerance, label
     for name in TOKENS:
@@ -92,10 +92,7 @@ def check(
             dist.all_reduce(total)
             assert relative_error(total, whole[name].grad) < tolerance, (label, name)
     with torch.inference_mode():
-        again = split_focused_linear_attention(
-            **{name: t.detach() for name, t in mine.items()},
-            rows=rows if kernel else None, key_mask=None if mask is None else mask[:, own], **options,
-        )  # fmt: skip
+        again = attend(split_focused_linear_attention, **{name: t.detach() for name, t in mine.items()}, **options)
     assert torch.equal(again, actual)
 
 
@@ -126,6 +123,7 @@ def run_messages(rank: int, size: int, folder: str) -> None:
         ({"rows": None}, "conv_weight is given without rows"),
         ({"rows": (4, 4), "backend": "reference"}, "'reference' runs in one process"),
         ({"rows": (4, 4), "scale": torch.ones(3)}, "scale has shape (3,)"),
+        ({"rows": (4, 4), "key_map": (torch.ones(8, 8), torch.ones(2, 8))}, "key_map's weight has shape (8, 8)"),
     ):
         try:
             split_focused_linear_attention(**{**mine, **change})

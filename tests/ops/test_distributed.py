@@ -34,6 +34,8 @@ def test_two_processes(tmp_path):
         {"rows": (3, 2), "width": 7, "kernel": 3, "shape": (1, 3, 40), **SINGLE},
         {"rows": (3, 2), "width": 7, "kernel": 3, "shape": (1, 3, 40), **HALF},
         {"rows": (3, 2), "width": 7, "kernel": 5, "shape": (1, 3, 40), "dtype": torch.float16, "tolerance": 4e-3},
+        {"rows": (1, 6), "width": 4, "kernel": 3, "maps": True, "masked": True, "poison": float("nan")},
+        {"rows": (3, 2), "width": 7, "kernel": 0, "maps": True, "shape": (1, 3, 40), **HALF},
     ]
     spawn(run, 2, tmp_path, cases)
 
@@ -45,6 +47,7 @@ def test_three_processes(tmp_path):
         {"rows": (2, 1, 1), "width": 4, "kernel": 7, "masked": True},
         {"rows": (1, 5, 2), "width": 2, "kernel": 3, "masked": True, "poison": float("inf")},
         {"rows": (3, 3, 2), "width": 3, "kernel": 0},
+        {"rows": (4, 1, 2), "width": 3, "kernel": 5, "maps": True},
     ]
     spawn(run, 3, tmp_path, cases)
 
@@ -55,6 +58,17 @@ def test_the_kernels_under_the_interpreter(tmp_path, monkeypatch):
     cases = [
         {"rows": (3, 2), "width": 7, "kernel": 3, "shape": (1, 2, 20), "backend": "triton", **SINGLE},
         {"rows": (1, 3), "width": 5, "kernel": 5, "masked": True, "poison": math.nan, "backend": "triton", **SINGLE},
+        {
+            "rows": (1, 2),
+            "width": 5,
+            "kernel": 3,
+            "masked": True,
+            "poison": math.nan,
+            "maps": True,
+            "shape": (2, 2, 20),
+            "backend": "triton",
+            **SINGLE,
+        },
     ]
     spawn(run, 2, tmp_path, cases)
 

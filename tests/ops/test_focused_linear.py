@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from flatten_diffusion.ops import focused_feature_map, focused_linear_attention, resolve_backend
 
 from .focused_cases import (
+    MAPS,
     SHAPES,
+    attend,
     loop_focused_attention,
     make_inputs,
     relative_error,
@@ -61,10 +63,11 @@ def test_agrees_with_the_authors(path, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0, 2.5, 3.0, 4.0, 5.0])
-def test_agrees_with_the_loop(backend, factor):
-    inputs = make_inputs((2, (3, 5), 2, 6))
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
+def test_agrees_with_the_loop(backend, factor, maps):
+    inputs = make_inputs((2, (3, 5), 2, 6), maps=maps)
     expected = loop_focused_attention(**inputs, focusing_factor=factor)
-    assert relative_error(focused_linear_attention(**inputs, focusing_factor=factor, backend=backend), expected) < 1e-12
+    assert relative_error(attend(**inputs, focusing_factor=factor, backend=backend), expected) < 1e-12
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -101,6 +104,29 @@ def test_cross_lengths_agree_with_the_loop(backend):
     assert relative_error(focused_linear_attention(**call, backend=backend), loop_focused_attention(**call)) < 1e-12
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_map_alone(backend):
+    """Of the query or of the key, without a scale, across lengths: as if the tokens had come mapped."""
+    inputs = make_inputs((2, (5, 3), 2, 6), maps=True)
+    call = {"query": inputs["query"], "key": inputs["key"][:, :7], "value": inputs["value"][:, :7]}
+    for name in ("query", "key"):
+        pair = inputs[f"{name}_map_weight"], inputs[f"{name}_map_bias"]
+        mapped = torch.einsum("bnhd,hde->bnhe", call[name], pair[0]) + pair[1]
+        expected = loop_focused_attention(**{**call, name: mapped})
+        assert relative_error(focused_linear_attention(**call, **{f"{name}_map": pair}, backend=backend), expected) < (
+            1e-12
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_maps_that_change_nothing(dtype):
+    inputs = make_inputs((2, (5, 3), 2, 8), dtype=dtype)
+    del inputs["scale"]  # with one, the last bit of a product may differ
+    unit = torch.eye(8).expand(2, 8, 8), torch.zeros(2, 8)
+    output = focused_linear_attention(**inputs, query_map=unit, key_map=unit, backend="eager")
+    assert torch.equal(output, focused_linear_attention(**inputs, backend="eager"))
+
+
 # --- the fast path against the reference ------------------------------------------------------------------------------
 
 
@@ -112,10 +138,11 @@ def block_elements(request, monkeypatch):
     monkeypatch.setattr(eager, "CPU_BLOCK_ELEMENTS", request.param)
 
 
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_eager_matches_reference_forward_and_backward(shape, masked, block_elements):
-    inputs = make_inputs(shape, kernel=5)
+def test_eager_matches_reference_forward_and_backward(shape, masked, maps, block_elements):
+    inputs = make_inputs(shape, kernel=5, maps=maps)
     if masked:
         inputs["key_mask"] = torch.rand(shape[0], math.prod(shape[1]), generator=torch.Generator().manual_seed(5)) > 0.3
     output, gradients = run_with_gradients(inputs, backend="eager")
@@ -135,31 +162,32 @@ def test_eager_gradients_at_every_focusing_factor(factor):
         assert relative_error(gradient, expected_gradients[name]) < 1e-11, name
 
 
-def test_gradcheck():
-    inputs = make_inputs((1, (2, 3), 2, 3))
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
+def test_gradcheck(maps):
+    inputs = make_inputs((1, (2, 3), 2, 3), maps=maps)
     mask = torch.tensor([[True, False, True, True, True, False]])
-    tensors = [inputs[k].requires_grad_() for k in ("query", "key", "value", "scale", "conv_weight", "conv_bias")]
+    names = [name for name in inputs if name != "grid"]
 
-    def call(query, key, value, scale, conv_weight, conv_bias):
-        return focused_linear_attention(
-            query, key, value, scale=scale, conv_weight=conv_weight, conv_bias=conv_bias, grid=(2, 3), key_mask=mask,
-            backend="eager",
-        )  # fmt: skip
+    def call(*tensors):
+        return attend(**dict(zip(names, tensors, strict=True)), grid=(2, 3), key_mask=mask, backend="eager")
 
-    assert torch.autograd.gradcheck(call, tensors)
+    assert torch.autograd.gradcheck(call, [inputs[name].requires_grad_() for name in names])
 
 
-def test_operator_registration():
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
+def test_operator_registration(maps):
     """Schema, fake tensors and AOT dispatch of the registered operator agree with what it does."""
     from flatten_diffusion.ops.focused_linear.operator import focused_linear
 
-    inputs = make_inputs((2, (3, 5), 2, 8), dtype=torch.float32)
-    tensors = [inputs[k].requires_grad_() for k in ("query", "key", "value", "scale", "conv_weight", "conv_bias")]
+    inputs = make_inputs((2, (3, 5), 2, 8), dtype=torch.float32, maps=maps)
+    names = ("query", "key", "value", "scale", *MAPS, "conv_weight", "conv_bias")
+    tensors = [inputs[name].requires_grad_() if name in inputs else None for name in names]
     torch.library.opcheck(focused_linear, (*tensors, None, 3.0, [3, 5], "eager"))
 
 
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
 @pytest.mark.parametrize("layout", ["sliced_qkv", "heads_first", "odd_strides"])
-def test_any_strides(layout, block_elements):
+def test_any_strides(layout, maps, block_elements):
     batch, tokens, heads, head_dim = 2, 15, 3, 8
     if layout == "sliced_qkv":
         fused = torch.randn(batch, tokens, 3 * heads * head_dim, dtype=torch.float64)
@@ -172,28 +200,32 @@ def test_any_strides(layout, block_elements):
         )[:, :, ::2]
     weight = torch.randn(head_dim, 1, 3, 3, dtype=torch.float64)
     strided = {"query": query, "key": key, "value": value, "conv_weight": weight, "grid": (3, 5)}
+    if maps:
+        drawn = make_inputs((batch, (3, 5), heads, head_dim), maps=True)
+        strided |= {name: drawn[name].transpose(-1, -2).contiguous().transpose(-1, -2) for name in MAPS}
     expected, expected_gradients = run_with_gradients({k: v.contiguous() if torch.is_tensor(v) else v
                                                        for k, v in strided.items()}, backend="reference")  # fmt: skip
     leaves = {k: v.requires_grad_() if torch.is_tensor(v) else v for k, v in strided.items()}
-    output = focused_linear_attention(**leaves, backend="eager")
+    output = attend(**leaves, backend="eager")
     assert relative_error(output, expected) < 1e-12
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     # An expanded gradient, as a sum or a broadcast hands it back, is not contiguous either.
     gradients = torch.autograd.grad(output, [query, key, value], direction)
     for name, gradient in zip(("query", "key", "value"), gradients, strict=True):
         assert relative_error(gradient, expected_gradients[name]) < 1e-11, name
-    torch.autograd.grad(focused_linear_attention(**leaves, backend="eager").sum(), [query])
+    torch.autograd.grad(attend(**leaves, backend="eager").sum(), [query])
 
 
 # --- numbers that break naive versions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=shape_id)
-def test_half_precision_error(shape, dtype, backend):
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
+def test_error_in_the_inputs_dtype(shape, dtype, backend, maps):
     """Against float64 on the same rounded inputs: at most twice what plain code in that dtype loses."""
-    inputs = make_inputs(shape, dtype=dtype)
+    inputs = make_inputs(shape, dtype=dtype, maps=maps)
     exact_inputs = {k: v.double() if torch.is_tensor(v) else v for k, v in inputs.items()}
     output, gradients = run_with_gradients(inputs, backend=backend)
     exact, exact_gradients = run_with_gradients(exact_inputs, backend="reference")
@@ -259,8 +291,10 @@ def test_every_key_negative(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_masked_slots_may_hold_anything(backend, poison):
-    inputs = make_inputs((2, (4, 5), 2, 8))
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+def test_masked_slots_may_hold_anything(backend, poison, maps, dtype):
+    inputs = make_inputs((2, (4, 5), 2, 8), dtype=dtype, maps=maps)
     mask = torch.rand(2, 20, generator=torch.Generator().manual_seed(1)) > 0.5
     expected, expected_gradients = run_with_gradients({**inputs, "key_mask": mask}, backend=backend)
     poisoned = dict(inputs, key_mask=mask)
@@ -276,7 +310,7 @@ def test_masked_slots_may_hold_anything(backend, poison):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_is_read_before_it_is_written(backend, monkeypatch):
     """torch's own poison: new memory is NaN, so an unwritten entry shows."""
-    inputs = make_inputs((2, (5, 3), 2, 8))
+    inputs = make_inputs((2, (5, 3), 2, 8), maps=True)
     expected, expected_gradients = run_with_gradients(inputs, backend=backend)
     torch.use_deterministic_algorithms(True)
     try:
@@ -301,18 +335,17 @@ def test_feature_map_keeps_length_and_sharpens():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_to_one_graph(backend):
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
+def test_compiles_to_one_graph(backend, maps):
     """Forward and backward, two grids, one of them masked."""
     torch._dynamo.reset()
-    inputs = make_inputs((2, (4, 5), 2, 8), dtype=torch.float32)
-    names = ("query", "key", "value", "scale", "conv_weight", "conv_bias")
+    inputs = make_inputs((2, (4, 5), 2, 8), dtype=torch.float32, maps=maps)
+    names = [name for name in inputs if name != "grid"]
 
-    def loss(query, key, value, scale, conv_weight, conv_bias, grid, key_mask):
-        output = focused_linear_attention(
-            query, key, value, scale=scale, conv_weight=conv_weight, conv_bias=conv_bias, grid=grid, key_mask=key_mask,
-            backend=backend,
-        )  # fmt: skip
-        return output.square().sum()
+    def loss(*arguments):
+        *tensors, grid, key_mask = arguments
+        named = dict(zip(names, tensors, strict=True))
+        return attend(**named, grid=grid, key_mask=key_mask, backend=backend).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for grid, mask in (((4, 5), None), ((2, 10), torch.arange(40).view(2, 20) % 3 > 0)):
@@ -335,17 +368,21 @@ def test_inductor_compiles_it():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_runs_in_the_autocast_dtype(backend):
-    inputs = make_inputs((2, (3, 5), 2, 8), dtype=torch.float32)
+    inputs = make_inputs((2, (3, 5), 2, 8), dtype=torch.float32, maps=True)
     halves = {k: v.bfloat16() if k in ("query", "key", "value") else v for k, v in inputs.items()}
-    expected = focused_linear_attention(**halves, backend=backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    expected = attend(**halves, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the backward runs under it too
         output, gradients = run_with_gradients(inputs, backend=backend)
-        mixed = focused_linear_attention(
+        mixed = attend(
             **{**inputs, "value": inputs["value"].bfloat16()}, backend=backend
         )  # queries that went through a norm arrive wider than values
     assert output.dtype == torch.bfloat16
     assert torch.equal(output, expected) and torch.equal(mixed, expected)
-    assert gradients["query"].dtype == torch.float32 and gradients["conv_weight"].dtype == torch.float32
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    if backend == "eager":  # autograd's own backward is cast operation by operation; the operator's stays as it is
+        _, expected_gradients = run_with_gradients(halves, backend=backend)
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, expected_gradients[name].float()), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -379,8 +416,9 @@ def test_inference_mode(backend):
         assert torch.equal(focused_linear_attention(**inputs, backend=backend), expected)
 
 
-def test_half_precision_never_holds_a_wide_copy(monkeypatch):
-    """Every new float32 tensor of a bfloat16 call is a block, a state or a statistic."""
+@pytest.mark.parametrize("maps", [False, True], ids=["plain", "maps"])
+def test_half_precision_never_holds_a_wide_copy(monkeypatch, maps):
+    """Every new float32 tensor of a bfloat16 call, forward and backward, is a block, a state or a statistic."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -396,10 +434,13 @@ def test_half_precision_never_holds_a_wide_copy(monkeypatch):
     from flatten_diffusion.ops.focused_linear import eager
 
     monkeypatch.setattr(eager, "CPU_BLOCK_ELEMENTS", 2000 // torch.get_num_threads())
-    inputs = make_inputs((1, (50, 20), 2, 32), dtype=torch.bfloat16)
-    arguments = [inputs[k] for k in ("query", "key", "value", "scale", "conv_weight", "conv_bias")]
+    inputs = make_inputs((1, (50, 20), 2, 32), dtype=torch.bfloat16, maps=maps)
+    pairs = [(inputs[f"{name}_weight"], inputs[f"{name}_bias"]) if maps else None for name in ("query_map", "key_map")]
+    tokens = [inputs[k] for k in ("query", "key", "value")]
+    arguments = [*tokens, inputs["scale"], *pairs, inputs["conv_weight"], inputs["conv_bias"], None]
     with Largest() as largest:
-        eager.forward(*arguments, None, 3.0, inputs["grid"])
+        output, *state = eager.forward(*arguments, 3.0, inputs["grid"])
+        eager.backward(output, *arguments, *state, 3.0, inputs["grid"], True)
     assert 0 < largest.entries < inputs["query"].numel() // 8
 
 
@@ -418,6 +459,11 @@ def test_half_precision_never_holds_a_wide_copy(monkeypatch):
         ({"value": torch.zeros(2, 15, 2, 8, device="meta")}, "value is on meta"),
         ({"scale": torch.ones(8)}, r"scale has shape \(8,\): pass \[16\]"),
         ({"scale": torch.ones(16, device="meta")}, "scale is on meta"),
+        ({"query_map": torch.zeros(2, 8, 8)}, "query_map is no pair"),
+        ({"key_map": (torch.zeros(8, 8), torch.zeros(2, 8))}, r"key_map's weight has shape \(8, 8\): pass \[2, 8, 8\]"),
+        ({"key_map": (torch.zeros(2, 8, 8), torch.zeros(16))}, r"key_map's bias has shape \(16,\): pass \[2, 8\]"),
+        ({"query_map": (torch.zeros(2, 8, 8).int(), torch.zeros(2, 8))}, "query_map's weight is torch.int32"),
+        ({"query_map": (torch.zeros(2, 8, 8), torch.zeros(2, 8, device="meta"))}, "query_map's bias is on meta"),
         ({"conv_weight": torch.zeros(24, 1, 3, 3)}, r"conv_weight has shape .*: pass \[16, 1, K, K\].* or \[8,"),
         ({"conv_weight": torch.zeros(8, 1, 4, 4)}, "K odd"),
         ({"conv_weight": torch.zeros(8, 1, 3, 5)}, "conv_weight has shape"),

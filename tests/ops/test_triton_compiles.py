@@ -61,14 +61,17 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "heads", "head_dim", "grid", "kernel", "masked", "learned"),
+    ("dtype", "heads", "head_dim", "grid", "kernel", "masked", "learned", "maps"),
     [
-        (torch.bfloat16, 8, 40, (64, 64), 5, True, True),
-        (torch.float16, 16, 72, (256, 256), 0, False, False),
+        (torch.bfloat16, 8, 40, (64, 64), 5, True, True, False),
+        (torch.float16, 16, 72, (256, 256), 0, False, False, False),
+        (torch.bfloat16, 8, 40, (64, 64), 5, True, True, True),
+        (torch.float16, 16, 72, (256, 256), 0, False, False, True),
+        (torch.float32, 8, 64, (64, 64), 0, True, True, True),
     ],
-    ids=["bf16-D40-conv-mask", "fp16-D72-plain"],
+    ids=["bf16-D40-conv-mask", "fp16-D72-plain", "bf16-D40-maps", "fp16-D72-maps", "fp32-D64-maps"],
 )
-def test_compiles_for_hopper(monkeypatch, dtype, heads, head_dim, grid, kernel, masked, learned):
+def test_compiles_for_hopper(monkeypatch, dtype, heads, head_dim, grid, kernel, masked, learned, maps):
     if type(launcher.kernels.query_kernel).__name__ != "JITFunction":
         pytest.skip("kernels were defined under TRITON_INTERPRET")
     found: list[tuple[str, ASTSource, dict[str, int]]] = []
@@ -84,21 +87,21 @@ def test_compiles_for_hopper(monkeypatch, dtype, heads, head_dim, grid, kernel, 
     weight = torch.zeros(heads * head_dim, 1, kernel, kernel) if kernel else None
     bias = torch.zeros(heads * head_dim) if kernel else None
     mask = torch.ones(2, tokens, dtype=torch.bool) if masked else None
-    output, means, mean_key = launcher.forward(query, key, value, scale, weight, bias, mask, 3.0, grid)
-    launcher.backward(
-        output, query, key, value, scale, weight, bias, mask, means, mean_key, 3.0, grid, kernel > 0
-    )  # fmt: skip
+    pair = (torch.zeros(heads, head_dim, head_dim), torch.zeros(heads, head_dim)) if maps else None
+    arguments = (query, key, value, scale, pair, pair, weight, bias, mask)
+    output, means, mean_key = launcher.forward(*arguments, 3.0, grid)
+    if not maps:  # the backward's kernels never see them
+        launcher.backward(output, *arguments, means, mean_key, 3.0, grid, kernel > 0)
 
-    assert {name for name, _, _ in found} >= {
-        "statistics_kernel",
-        "state_kernel",
-        "query_kernel",
-        "key_gradient_kernel",
-    }
+    expected = {"statistics_kernel", "state_kernel", "query_kernel"} | (set() if maps else {"key_gradient_kernel"})
+    assert {name for name, _, _ in found} >= expected
+    multiplying = {"state_kernel", "query_kernel"} | ({"statistics_kernel"} if maps else set())
+    if dtype == torch.float32:  # exact products, which the matrix units do not have
+        multiplying = set()
     for name, source, options in found:
         compiled = triton.compile(source, target=HOPPER, options=options)
         assert compiled.metadata.shared <= SHARED_MEMORY, name
-        if name in ("state_kernel", "query_kernel"):
+        if name in multiplying:
             text = compiled.asm["ptx"]
             assert "mma" in text, f"{name} does not use the matrix units"
             assert ".v4.b32" in text or "cp.async.cg" in text, f"{name} has no 16-byte accesses"

@@ -10,7 +10,7 @@ import os
 import torch
 
 from .operator import focused_linear_attention_operator
-from .reference import focused_linear_attention_reference, of_every_head
+from .reference import HeadMap, focused_linear_attention_reference, of_every_head
 
 BACKENDS = ("auto", "reference", "eager", "triton")
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -67,6 +67,8 @@ def focused_linear_attention(
     *,
     focusing_factor: float = 3.0,
     scale: torch.Tensor | None = None,
+    query_map: HeadMap | None = None,
+    key_map: HeadMap | None = None,
     conv_weight: torch.Tensor | None = None,
     conv_bias: torch.Tensor | None = None,
     grid: tuple[int, int] | None = None,
@@ -87,6 +89,8 @@ def focused_linear_attention(
         key, value: [B, M, H, D], same dtype and device as the query. M may differ from N.
         focusing_factor: the power p > 0 of the map. Larger is sharper; whole numbers are fastest.
         scale: [H * D], positive, divides relu(x) + 1e-6 of query and key; None means ones.
+        query_map, key_map: (weight [H, D, D], bias [H, D]): in each head of the query or key, x @ weight + bias takes
+            the place of x before all else. Done on the way in, without a pass over memory of its own; None means none.
         conv_weight: [H * D, 1, K, K], K odd: depthwise convolution of the values on the grid; or [D, 1, K, K], one
             kernel for every head, as in the paper.
         conv_bias: as many, added by the convolution.
@@ -103,7 +107,9 @@ def focused_linear_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or a backend that cannot run.
     """
-    check_arguments(query, key, value, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask)
+    check_arguments(
+        query, key, value, focusing_factor, scale, query_map, key_map, conv_weight, conv_bias, grid, key_mask
+    )
     channels = query.shape[2] * query.shape[3]
     conv_weight, conv_bias = of_every_head(conv_weight, channels), of_every_head(conv_bias, channels)
     device_type, dtype = query.device.type, call_dtype(query)
@@ -112,8 +118,13 @@ def focused_linear_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         # Inside, precision is chosen operation by operation: autocast would undo the float32 accumulation.
         with torch.autocast(device_type, enabled=False):
-            return _run(name, query, key, value, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask)
-    return _run(name, query, key, value, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask)
+            return _run(
+                name, query, key, value, focusing_factor, scale, query_map, key_map, conv_weight, conv_bias, grid,
+                key_mask,
+            )  # fmt: skip
+    return _run(
+        name, query, key, value, focusing_factor, scale, query_map, key_map, conv_weight, conv_bias, grid, key_mask
+    )
 
 
 def _run(
@@ -123,6 +134,8 @@ def _run(
     value: torch.Tensor,
     focusing_factor: float,
     scale: torch.Tensor | None,
+    query_map: HeadMap | None,
+    key_map: HeadMap | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     grid: tuple[int, int] | None,
@@ -130,10 +143,10 @@ def _run(
 ) -> torch.Tensor:
     if name == "reference":
         return focused_linear_attention_reference(
-            query, key, value, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask
+            query, key, value, focusing_factor, scale, query_map, key_map, conv_weight, conv_bias, grid, key_mask
         )
     return focused_linear_attention_operator(
-        query, key, value, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask, name
+        query, key, value, focusing_factor, scale, query_map, key_map, conv_weight, conv_bias, grid, key_mask, name
     )
 
 
@@ -143,6 +156,8 @@ def check_arguments(
     value: torch.Tensor,
     focusing_factor: float,
     scale: torch.Tensor | None,
+    query_map: HeadMap | None,
+    key_map: HeadMap | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     grid: tuple[int, int] | None,
@@ -150,6 +165,8 @@ def check_arguments(
 ) -> None:
     """Raise ValueError, in one line, for arguments of `focused_linear_attention` that do not fit together."""
     _check_tensors(query, key, value)
+    _check_map("query_map", query_map, query)
+    _check_map("key_map", key_map, query)
     _check_parameters(query, key, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask)
 
 
@@ -176,6 +193,26 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
         )
 
 
+def _check_map(name: str, head_map: HeadMap | None, query: torch.Tensor) -> None:
+    if head_map is None:
+        return
+    if not isinstance(head_map, (tuple, list)) or len(head_map) != 2:
+        raise ValueError(f"{name} is no pair: pass (weight, bias), or None.")
+    heads, head_dim = query.shape[2:]
+    shapes = ([heads, head_dim, head_dim], [heads, head_dim])
+    for part, tensor, shape in zip(("weight", "bias"), head_map, shapes, strict=True):
+        _check_parameter(f"{name}'s {part}", tensor, query)
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name}'s {part} has shape {tuple(tensor.shape)}: pass {shape}.")
+
+
+def _check_parameter(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype}: pass a floating dtype.")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device} and query on {query.device}: move them together.")
+
+
 def _check_parameters(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -190,12 +227,8 @@ def _check_parameters(
     if not 0 < focusing_factor < math.inf:
         raise ValueError(f"focusing_factor is {focusing_factor}: pass a positive, finite number.")
     for name, tensor in (("scale", scale), ("conv_weight", conv_weight), ("conv_bias", conv_bias)):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}: pass a floating dtype.")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device} and query on {query.device}: move them together.")
+        if tensor is not None:
+            _check_parameter(name, tensor, query)
     if scale is not None and tuple(scale.shape) != (heads * head_dim,):
         raise ValueError(f"scale has shape {tuple(scale.shape)}: pass [{heads * head_dim}], heads * head_dim.")
     if grid is not None:

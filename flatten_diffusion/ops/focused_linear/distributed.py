@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from . import eager
 from .dispatch import call_dtype, check_arguments, resolve_backend
-from .reference import compute_dtype, of_every_head
+from .reference import HeadMap, compute_dtype, of_every_head
 
 
 def even_rows(height: int, processes: int) -> tuple[int, ...]:
@@ -41,6 +41,8 @@ def split_focused_linear_attention(
     rows: Sequence[int] | None = None,
     focusing_factor: float = 3.0,
     scale: torch.Tensor | None = None,
+    query_map: HeadMap | None = None,
+    key_map: HeadMap | None = None,
     conv_weight: torch.Tensor | None = None,
     conv_bias: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
@@ -61,14 +63,15 @@ def split_focused_linear_attention(
         out = split_focused_linear_attention(query, key, value, rows=rows, conv_weight=weight)
 
     Every process of the group must call it, with the same `rows`, settings and kinds of arguments. Gradients of
-    query, key and value are complete; those of scale, conv_weight and conv_bias are this process's share: sum them
-    over the group, as for any data split. Not for torch.compile.
+    query, key and value are complete; those of scale, the maps, conv_weight and conv_bias are this process's share: sum
+    them over the group, as for any data split. Not for torch.compile.
 
     Args:
         query, key, value: [B, N, H, D], the tokens of this process: whole rows of the grid, in rank order.
         group: the processes; None means the default group.
         rows: grid rows of every process, in rank order, each at least 1; needed with `conv_weight`.
-        focusing_factor, scale, conv_weight, conv_bias: as for `focused_linear_attention`, the same everywhere.
+        focusing_factor, scale, query_map, key_map, conv_weight, conv_bias: as for `focused_linear_attention`, the same
+            everywhere.
         key_mask: bool [B, N], of this process's keys, on every process or on none.
         backend: "auto", "eager" or "triton", the same everywhere.
 
@@ -84,7 +87,9 @@ def split_focused_linear_attention(
     grid = _own_grid(tokens, rows, rank, size) if rows is not None else None
     if conv_weight is not None and rows is None:
         raise ValueError("conv_weight is given without rows: pass the grid rows of every process.")
-    check_arguments(query, key, value, focusing_factor, scale, conv_weight, conv_bias, grid, key_mask)
+    check_arguments(
+        query, key, value, focusing_factor, scale, query_map, key_map, conv_weight, conv_bias, grid, key_mask
+    )
     channels = query.shape[2] * query.shape[3]
     conv_weight, conv_bias = of_every_head(conv_weight, channels), of_every_head(conv_bias, channels)
     if backend == "reference":
@@ -94,8 +99,8 @@ def split_focused_linear_attention(
     name = resolve_backend(backend, query.device, query.dtype, query.shape[3])
     with torch.autocast(device_type, enabled=False):
         output: torch.Tensor = _SplitAttention.apply(
-            query, key, value, scale, conv_weight, conv_bias, key_mask, float(focusing_factor), grid or (0, 0), name,
-            group,
+            query, key, value, scale, *(query_map or (None, None)), *(key_map or (None, None)), conv_weight, conv_bias,
+            key_mask, float(focusing_factor), grid or (0, 0), name, group,
         )  # fmt: skip
         if conv_weight is None or conv_weight.shape[-1] == 1 or size == 1:
             return output
@@ -113,6 +118,10 @@ class _SplitAttention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         scale: torch.Tensor | None,
+        query_weight: torch.Tensor | None,
+        query_bias: torch.Tensor | None,
+        key_weight: torch.Tensor | None,
+        key_bias: torch.Tensor | None,
         conv_weight: torch.Tensor | None,
         conv_bias: torch.Tensor | None,
         key_mask: torch.Tensor | None,
@@ -121,25 +130,26 @@ class _SplitAttention(torch.autograd.Function):
         backend: str,
         group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
-        parameters = [None if t is None else t.detach().contiguous() for t in (scale, conv_weight, conv_bias)]
-        scale, conv_weight, conv_bias = parameters
+        given = (scale, query_weight, query_bias, key_weight, key_bias, conv_weight, conv_bias)
+        parameters = [None if t is None else t.detach().contiguous() for t in given]
+        scale, query_map, key_map, conv_weight, conv_bias = _by_kind(parameters)
         count = eager.key_count(key, key_mask)
         if backend == "triton":
             from . import triton
 
             key_mask = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device) if key_mask is None else key_mask
-            sums = triton.state_sums(key, value, scale, key_mask, power)
+            sums = triton.state_sums(key, value, scale, key_map, key_mask, power)
             state, mean_key, count = _sum_over_processes(group, *sums, count)
             output, state, mean_key = triton.forward_from_sums(
-                query, value, scale, conv_weight, conv_bias, key_mask, count, state, mean_key, power, grid
+                query, value, scale, query_map, conv_weight, conv_bias, key_mask, count, state, mean_key, power, grid
             )
         else:
-            sums = eager.key_state(key, value, scale, key_mask, torch.ones_like(count), power)
+            sums = eager.key_state(key, value, scale, key_map, key_mask, torch.ones_like(count), power)
             state, mean_key, count = _sum_over_processes(group, *sums, count)
             divisor = count.clamp(min=1)[:, None, None]
             state, mean_key = state / divisor[..., None], mean_key / divisor
             output = eager.query_output(
-                query, value, scale, conv_weight, conv_bias, key_mask, count, state, mean_key, power, grid
+                query, value, scale, query_map, conv_weight, conv_bias, key_mask, count, state, mean_key, power, grid
             )
         ctx.save_for_backward(query, key, value, *parameters, key_mask, count, state, mean_key)
         ctx.power, ctx.grid, ctx.backend, ctx.group = power, grid, backend, group
@@ -148,34 +158,56 @@ class _SplitAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, scale, conv_weight, conv_bias, key_mask, count, state, mean_key = ctx.saved_tensors
-        grad_scale = grad_weight = grad_bias = None
-        if ctx.backend == "triton":
-            from . import triton
+        # Called under autocast too, which would undo the float32 accumulation.
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return _split_backward(ctx, grad_output)
 
-            grad_query, query_share, sums, vector_sums = triton.query_backward(
-                grad_output, query, scale, state, mean_key, ctx.power
+
+def _split_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    query, key, value, *parameters, key_mask, count, state, mean_key = ctx.saved_tensors
+    scale, query_map, key_map, conv_weight, conv_bias = _by_kind(parameters)
+    grad_scale = grad_weight = grad_bias = None
+    if ctx.backend == "triton":
+        from . import triton
+
+        grad_query, grad_query_map, query_share, sums, vector_sums = triton.query_backward(
+            grad_output, query, scale, query_map, state, mean_key, ctx.power
+        )
+        sums, vector_sums = _sum_over_processes(ctx.group, sums, vector_sums)
+        grad_key, grad_value, key_share, grad_key_map, (grad_weight, grad_bias) = triton.key_backward(
+            grad_output, key, value, scale, key_map, conv_weight, conv_bias, key_mask, count, mean_key, sums,
+            vector_sums, ctx.power, ctx.grid,
+        )  # fmt: skip
+        grad_scale = None if scale is None else query_share + key_share
+    else:
+        grad_scale = None if scale is None else torch.zeros_like(scale, dtype=state.dtype)
+        grad_query, grad_query_map, *grads = eager.query_backward(
+            grad_output, query, scale, query_map, state, mean_key, grad_scale, ctx.power
+        )
+        grad_state, grad_mean = _sum_over_processes(ctx.group, *grads)
+        grad_key, grad_key_map, grad_value = eager.key_backward(
+            key, value, scale, key_map, key_mask, count, grad_state, grad_mean, grad_scale, ctx.power
+        )
+        if conv_weight is not None:
+            grad_weight, grad_bias = eager.convolution_backward(
+                grad_output, value, conv_weight, conv_bias, key_mask, count, ctx.grid, grad_value, True
             )
-            sums, vector_sums = _sum_over_processes(ctx.group, sums, vector_sums)
-            grad_key, grad_value, key_share, grad_weight, grad_bias = triton.key_backward(
-                grad_output, key, value, scale, conv_weight, conv_bias, key_mask, count, mean_key, sums, vector_sums,
-                ctx.power, ctx.grid,
-            )  # fmt: skip
-            grad_scale = None if scale is None else query_share + key_share
-        else:
-            grad_scale = None if scale is None else torch.zeros_like(scale, dtype=state.dtype)
-            grad_query, *grads = eager.query_backward(grad_output, query, scale, state, mean_key, grad_scale, ctx.power)
-            grad_state, grad_mean = _sum_over_processes(ctx.group, *grads)
-            grad_key, grad_value = eager.key_backward(
-                key, value, scale, key_mask, count, grad_state, grad_mean, grad_scale, ctx.power
-            )
-            if conv_weight is not None:
-                grad_weight, grad_bias = eager.convolution_backward(
-                    grad_output, value, conv_weight, conv_bias, key_mask, count, ctx.grid, grad_value, True
-                )
-        if grad_scale is not None:
-            grad_scale = grad_scale.to(scale.dtype)
-        return grad_query, grad_key, grad_value, grad_scale, grad_weight, grad_bias, None, None, None, None, None
+    if scale is not None and grad_scale is not None:
+        grad_scale = grad_scale.to(scale.dtype)
+    return (
+        grad_query, grad_key, grad_value, grad_scale, *grad_query_map, *grad_key_map, grad_weight, grad_bias,
+        *[None] * 5,
+    )  # fmt: skip
+
+
+def _by_kind(
+    parameters: Sequence[torch.Tensor | None],
+) -> tuple[torch.Tensor | None, HeadMap | None, HeadMap | None, torch.Tensor | None, torch.Tensor | None]:
+    """scale, query_map, key_map, conv_weight and conv_bias."""
+    scale, query_weight, query_bias, key_weight, key_bias, conv_weight, conv_bias = parameters
+    query_map = None if query_weight is None or query_bias is None else (query_weight, query_bias)
+    key_map = None if key_weight is None or key_bias is None else (key_weight, key_bias)
+    return scale, query_map, key_map, conv_weight, conv_bias
 
 
 def _sum_over_processes(group: dist.ProcessGroup | None, *tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -12,12 +12,33 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .reference import FEATURE_EPS, NORMALIZER_EPS, compute_dtype, positive_power
+from .reference import FEATURE_EPS, NORMALIZER_EPS, HeadMap, OptionalPair, compute_dtype, positive_power
 
 CPU_BLOCK_ELEMENTS = 1 << 18
 """Entries of [tokens, heads * head_dim] per thread and block: 1 MiB of float32, about a core's second-level cache."""
 ACCELERATOR_BLOCK_ELEMENTS = 1 << 25
 """On an accelerator launches cost more than cache misses; the block only bounds the scratch memory (128 MiB each)."""
+
+
+class _Entry(NamedTuple):
+    """What leads from x [n, H, D] to u [n, C], in the compute dtype.
+
+    Per head u = max(x @ weight + shift, floor), the scale already in all three; without a map, u = (relu(x) + 1e-6) *
+    inverse_scale.
+    """
+
+    inverse_scale: torch.Tensor | None  # [C]
+    weight: torch.Tensor | None = None  # [H, D, D]
+    shift: torch.Tensor | None = None  # [H, D]: (bias + 1e-6) / scale
+    floor: torch.Tensor | None = None  # [H, D] or [1, 1]: 1e-6 / scale
+
+
+class _Gradients(NamedTuple):
+    """Sums over the blocks of the gradients of scale [C] and of an entry's weight [H, D, D] and shift [H, D]."""
+
+    scale: torch.Tensor | None
+    weight: torch.Tensor | None
+    shift: torch.Tensor | None
 
 
 class _Map(NamedTuple):
@@ -39,6 +60,8 @@ def forward(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
+    query_map: HeadMap | None,
+    key_map: HeadMap | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     key_mask: torch.Tensor | None,
@@ -47,8 +70,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output [B, N, H, D], state mean(f(k)^T v) [B, H, D, D] and mean key [B, H, D] in the compute dtype."""
     count = key_count(key, key_mask)
-    state, mean_key = key_state(key, value, scale, key_mask, count, power)
-    output = query_output(query, value, scale, conv_weight, conv_bias, key_mask, count, state, mean_key, power, grid)
+    state, mean_key = key_state(key, value, scale, key_map, key_mask, count, power)
+    output = query_output(
+        query, value, scale, query_map, conv_weight, conv_bias, key_mask, count, state, mean_key, power, grid
+    )
     return output, state, mean_key
 
 
@@ -58,6 +83,8 @@ def backward(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
+    query_map: HeadMap | None,
+    key_map: HeadMap | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     key_mask: torch.Tensor | None,
@@ -67,11 +94,17 @@ def backward(
     grid: tuple[int, int],
     weight_needs_grad: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of query, key, value, scale, conv_weight and conv_bias, from the inputs and what `forward` returned."""
+    """Gradients of query, key, value, scale, the maps' weights and biases, conv_weight and conv_bias, from the inputs
+    and what `forward` returned.
+    """
     count = key_count(key, key_mask)
     grad_scale = None if scale is None else torch.zeros_like(scale, dtype=state.dtype)
-    grad_query, grad_state, grad_mean = query_backward(grad_output, query, scale, state, mean_key, grad_scale, power)
-    grad_key, grad_value = key_backward(key, value, scale, key_mask, count, grad_state, grad_mean, grad_scale, power)
+    grad_query, grad_query_map, grad_state, grad_mean = query_backward(
+        grad_output, query, scale, query_map, state, mean_key, grad_scale, power
+    )
+    grad_key, grad_key_map, grad_value = key_backward(
+        key, value, scale, key_map, key_mask, count, grad_state, grad_mean, grad_scale, power
+    )
     grad_weight = grad_bias = None
     if conv_weight is not None:
         grad_weight, grad_bias = convolution_backward(
@@ -79,7 +112,9 @@ def backward(
         )
     if scale is not None and grad_scale is not None:
         grad_scale = grad_scale.to(scale.dtype)
-    return grad_query, grad_key, grad_value, grad_scale, grad_weight, grad_bias
+    return (
+        grad_query, grad_key, grad_value, grad_scale, *grad_query_map, *grad_key_map, grad_weight, grad_bias
+    )  # fmt: skip
 
 
 def key_count(key: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
@@ -94,19 +129,20 @@ def key_state(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
+    key_map: HeadMap | None,
     key_mask: torch.Tensor | None,
     count: torch.Tensor,
     power: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of f(k)^T v [B, H, D, D] and f(k) [B, H, D] over the keys given, divided by `count` [B]."""
     batch, _, heads, head_dim = key.shape
-    inverse_scale = _inverse(scale, count.dtype)
+    entry = _entry(scale, key_map, count.dtype)
     state = key.new_zeros((batch, heads, head_dim, head_dim), dtype=count.dtype)
     mean_key = key.new_zeros((batch, heads, head_dim), dtype=count.dtype)
     for sample in range(batch):
         weights = _key_weights(key, key_mask, count, sample)
         for start, stop in _blocks(key):
-            mapped = _map_key(key, key_mask, sample, start, stop, inverse_scale, power)
+            mapped = _map(key[sample, start:stop], entry, power, _keep(key_mask, sample, start, stop))
             weighted = mapped.powered.mul_(mapped.ratio * weights[start:stop])
             values = _values(value, key_mask, sample, start, stop)
             state[sample].baddbmm_(_by_head(weighted, heads).transpose(1, 2), values.transpose(0, 1))
@@ -118,6 +154,7 @@ def query_output(
     query: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
+    query_map: HeadMap | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     key_mask: torch.Tensor | None,
@@ -130,7 +167,7 @@ def query_output(
     """Output [B, N, H, D] of queries against a finished state; samples whose `count` is 0 get no bias."""
     batch, tokens, heads, head_dim = query.shape
     dtype = state.dtype
-    inverse_scale = _inverse(scale, dtype)
+    entry = _entry(scale, query_map, dtype)
     kernel = None if conv_weight is None else conv_weight.to(dtype)
     bias = None if conv_bias is None else conv_bias.to(dtype)
     output = query.new_empty((batch, tokens, heads, head_dim))
@@ -140,7 +177,7 @@ def query_output(
         if bias is not None and key_mask is not None:
             sample_bias = bias * (count[sample] > 0)
         for start, stop in _blocks(query, row):
-            mapped = _map(query[sample, start:stop], inverse_scale, power)
+            mapped = _map(query[sample, start:stop], entry, power)
             # The normaliser divides the features, not the product, which then needs no pass of its own.
             features = mapped.powered.view(-1, heads, head_dim)
             features.mul_(_normalizer(mapped, mean_key[sample]).reciprocal_())
@@ -160,21 +197,23 @@ def query_backward(
     grad_output: torch.Tensor,
     query: torch.Tensor,
     scale: torch.Tensor | None,
+    query_map: HeadMap | None,
     state: torch.Tensor,
     mean_key: torch.Tensor,
     grad_scale: torch.Tensor | None,
     power: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query [B, N, H, D], state and mean key from the queries given; adds into `grad_scale` [C]."""
+) -> tuple[torch.Tensor, OptionalPair, torch.Tensor, torch.Tensor]:
+    """Gradients of query [B, N, H, D], its map, state and mean key from these queries; adds into `grad_scale` [C]."""
     batch, _, heads, _ = query.shape
     dtype = state.dtype
-    inverse_scale = _inverse(scale, dtype)
+    entry = _entry(scale, query_map, dtype)
+    grads = _zero_gradients(entry, grad_scale)
     grad_query = query.new_empty(query.shape)
     grad_state = torch.zeros_like(state)
     grad_mean = torch.zeros_like(mean_key)
     for sample in range(batch):
         for start, stop in _blocks(query):
-            mapped = _map(query[sample, start:stop], inverse_scale, power)
+            mapped = _map(query[sample, start:stop], entry, power)
             product, normalizer = _attend(mapped, state[sample], mean_key[sample])
             # Both were divided by the query's ratio, so the ratio cancels in everything but the query's own gradient.
             grad = grad_output[sample, start:stop].to(dtype) / normalizer  # [n, H, D]
@@ -186,31 +225,34 @@ def query_backward(
             grad_map.view_as(grad).addcmul_(along, mean_key[sample], value=-1)
             grad_map.div_(mapped.ratio)
             grad_query[sample, start:stop] = _map_backward(
-                mapped, grad_map, query[sample, start:stop], inverse_scale, grad_scale, power
+                mapped, grad_map, query[sample, start:stop], entry, grads, power
             )
-    return grad_query, grad_state, grad_mean
+    return grad_query, _map_gradients(entry, grads, query_map), grad_state, grad_mean
 
 
 def key_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
+    key_map: HeadMap | None,
     key_mask: torch.Tensor | None,
     count: torch.Tensor,
     grad_state: torch.Tensor,
     grad_mean: torch.Tensor,
     grad_scale: torch.Tensor | None,
     power: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of key and value [B, M, H, D], the convolution left out; adds into `grad_scale` [C]."""
+) -> tuple[torch.Tensor, OptionalPair, torch.Tensor]:
+    """Gradients of key, its map and value [B, M, H, D], the convolution left out; adds into `grad_scale` [C]."""
     batch, _, heads, _ = key.shape
-    inverse_scale = _inverse(scale, count.dtype)
+    entry = _entry(scale, key_map, count.dtype)
+    grads = _zero_gradients(entry, grad_scale)
     grad_key = key.new_empty(key.shape)
     grad_value = value.new_empty(value.shape)
     for sample in range(batch):
         weights = _key_weights(key, key_mask, count, sample)
         for start, stop in _blocks(key):
-            mapped = _map_key(key, key_mask, sample, start, stop, inverse_scale, power)
+            keep = _keep(key_mask, sample, start, stop)
+            mapped = _map(key[sample, start:stop], entry, power, keep)
             values = _values(value, key_mask, sample, start, stop)
             grad_map = _to_tokens(torch.bmm(values.transpose(0, 1), grad_state[sample].transpose(1, 2)))
             grad_map.view_as(values).add_(grad_mean[sample])
@@ -218,9 +260,9 @@ def key_backward(
             by_head = _by_head(mapped.powered * (mapped.ratio * weights[start:stop]), heads)
             grad_value[sample, start:stop] = torch.bmm(by_head, grad_state[sample]).transpose(0, 1)
             grad_key[sample, start:stop] = _map_backward(
-                mapped, grad_map, key[sample, start:stop], inverse_scale, grad_scale, power
+                mapped, grad_map, key[sample, start:stop], entry, grads, power, keep
             )
-    return grad_key, grad_value
+    return grad_key, _map_gradients(entry, grads, key_map), grad_value
 
 
 def convolution_backward(
@@ -263,37 +305,41 @@ def convolution_backward(
     return grad_weight, None if conv_bias is None else grad_bias.flatten().to(conv_bias.dtype)
 
 
-def _map(x: torch.Tensor, inverse_scale: torch.Tensor | None, power: float) -> _Map:
-    """x [n, H, D] -> its focused map, [n, C]. Normalised by the peak first: no power of it leaves the dtype's range."""
-    return _map_positive(_positive(x), inverse_scale, power)
-
-
-def _map_key(
-    key: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    sample: int,
-    start: int,
-    stop: int,
-    inverse_scale: torch.Tensor | None,
-    power: float,
-) -> _Map:
-    positive = _positive(key[sample, start:stop])
-    if key_mask is not None:
-        positive.masked_fill_(~key_mask[sample, start:stop, None], 0.0)  # whatever a masked slot holds, NaN included
-    return _map_positive(positive, inverse_scale, power)
-
-
-def _positive(x: torch.Tensor) -> torch.Tensor:
-    """relu of [n, H, D] as a new [n, C] in the compute dtype."""
-    dtype = compute_dtype(x.dtype)
-    positive = F.relu(x) if x.dtype == dtype else F.relu_(x.to(dtype))
-    return positive.reshape(x.shape[0], -1)
-
-
-def _map_positive(u: torch.Tensor, inverse_scale: torch.Tensor | None, power: float) -> _Map:
-    u.add_(FEATURE_EPS)
+def _entry(scale: torch.Tensor | None, head_map: HeadMap | None, dtype: torch.dtype) -> _Entry:
+    inverse_scale = None if scale is None else scale.to(dtype).reciprocal()
+    if head_map is None:
+        return _Entry(inverse_scale)
+    weight, bias = (parameter.to(dtype) for parameter in head_map)
+    shift, floor = bias + FEATURE_EPS, bias.new_full((1, 1), FEATURE_EPS)
     if inverse_scale is not None:
-        u.mul_(inverse_scale)
+        by_head = inverse_scale.view_as(bias)
+        weight, shift, floor = weight * by_head.unsqueeze(1), shift * by_head, floor * by_head
+    return _Entry(inverse_scale, weight, shift, floor)
+
+
+def _zero_gradients(entry: _Entry, scale: torch.Tensor | None) -> _Gradients:
+    if entry.weight is None or entry.shift is None:
+        return _Gradients(scale, None, None)
+    return _Gradients(scale, torch.zeros_like(entry.weight), torch.zeros_like(entry.shift))
+
+
+def _map_gradients(entry: _Entry, grads: _Gradients, head_map: HeadMap | None) -> OptionalPair:
+    """Of a map's weight and bias, in their dtypes: the scale that the entry took in comes out again."""
+    if head_map is None or grads.weight is None or grads.shift is None:
+        return None, None
+    weight, bias = grads.weight, grads.shift
+    if entry.inverse_scale is not None:
+        inverse_scale = entry.inverse_scale.view_as(bias)
+        weight, bias = weight * inverse_scale.unsqueeze(1), bias * inverse_scale
+    return weight.to(head_map[0].dtype), bias.to(head_map[1].dtype)
+
+
+def _map(x: torch.Tensor, entry: _Entry, power: float, keep: torch.Tensor | None = None) -> _Map:
+    """x [n, H, D] -> its focused map, [n, C]; tokens that `keep` leaves out as if they were zero.
+
+    Normalised by the peak first: no power of it leaves the dtype's range.
+    """
+    u = _entered(x, entry, keep)
     peak = u.amax(dim=-1, keepdim=True)
     u.mul_(peak.reciprocal())
     powered = positive_power(u, power) if power > 3 else u.pow(power)  # torch's own fast cases end at 3
@@ -301,15 +347,33 @@ def _map_positive(u: torch.Tensor, inverse_scale: torch.Tensor | None, power: fl
     return _Map(u, powered, peak, *lengths)
 
 
+def _entered(x: torch.Tensor, entry: _Entry, keep: torch.Tensor | None) -> torch.Tensor:
+    """x [n, H, D] -> u as a new [n, C] in the compute dtype."""
+    dtype = compute_dtype(x.dtype)
+    if entry.weight is not None and entry.shift is not None and entry.floor is not None:
+        # Copied first, since a product that reads by head would wait for memory; its own result is fastest packed.
+        u = torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+        if keep is not None:
+            u.masked_fill_(~keep[:, None, None], 0.0)
+        by_head = torch.baddbmm(entry.shift.unsqueeze(1), u.transpose(0, 1), entry.weight)
+        return torch.maximum(by_head.transpose(0, 1), entry.floor, out=u).view(x.shape[0], -1)
+    u = (F.relu(x) if x.dtype == dtype else F.relu_(x.to(dtype))).reshape(x.shape[0], -1)
+    if keep is not None:
+        u.masked_fill_(~keep.unsqueeze(-1), 0.0)  # whatever a masked slot holds, NaN included
+    u.add_(FEATURE_EPS)
+    return u if entry.inverse_scale is None else u.mul_(entry.inverse_scale)
+
+
 def _map_backward(
     mapped: _Map,
     grad: torch.Tensor,
     x: torch.Tensor,
-    inverse_scale: torch.Tensor | None,
-    grad_scale: torch.Tensor | None,
+    entry: _Entry,
+    grads: _Gradients,
     power: float,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`grad` [n, C] of the map -> gradient of its input x [n, H, D]; overwrites `grad`, adds into `grad_scale`.
+    """`grad` [n, C] of the map -> gradient of its input x [n, H, D]; overwrites `grad`, adds into `grads`.
 
     With w = u^p: df/du is the scaled power's slope, less the part along w that the length takes back, plus the part
     along u by which the length grows.
@@ -318,10 +382,28 @@ def _map_backward(
     grad.addcmul_(mapped.powered, along / mapped.powered_length.square(), value=-1)
     grad.mul_(mapped.unit.pow(power - 1)).mul_(mapped.unit_length * power / mapped.powered_length)
     grad.addcmul_(mapped.unit, along / (mapped.unit_length * mapped.powered_length))
-    if inverse_scale is not None and grad_scale is not None:
-        grad.mul_(inverse_scale)
-        grad_scale.sub_((grad * mapped.unit).mul_(mapped.peak).sum(dim=0))
+    if entry.weight is not None:
+        return _entry_backward(mapped, grad, x, entry, grads, keep)
+    if entry.inverse_scale is not None and grads.scale is not None:
+        grad.mul_(entry.inverse_scale)
+        grads.scale.sub_((grad * mapped.unit).mul_(mapped.peak).sum(dim=0))
     return grad.view(x.shape).masked_fill_(x <= 0, 0.0)
+
+
+def _entry_backward(
+    mapped: _Map, grad: torch.Tensor, x: torch.Tensor, entry: _Entry, grads: _Gradients, keep: torch.Tensor | None
+) -> torch.Tensor:
+    """`grad` [n, C] of u -> gradient of x [n, H, D], for an entry with a map."""
+    assert entry.weight is not None and entry.floor is not None
+    assert grads.weight is not None and grads.shift is not None
+    if entry.inverse_scale is not None and grads.scale is not None:
+        grads.scale.sub_((grad * mapped.unit).mul_(mapped.peak).sum(dim=0).mul_(entry.inverse_scale))
+    # Divided by the peak as u was, the floor is what u became wherever it was the larger.
+    grad.masked_fill_(mapped.unit <= entry.floor.flatten() * mapped.peak.reciprocal(), 0.0)
+    by_head = grad.view(x.shape).transpose(0, 1)
+    grads.weight.baddbmm_(_kept(x.to(grad.dtype), keep).permute(1, 2, 0), by_head)
+    grads.shift.add_(grad.sum(dim=0).view_as(grads.shift))
+    return torch.bmm(by_head, entry.weight.transpose(1, 2)).transpose(0, 1)
 
 
 def _attend(mapped: _Map, state: torch.Tensor, mean_key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -339,10 +421,6 @@ def _normalizer(mapped: _Map, mean_key: torch.Tensor) -> torch.Tensor:
     return normalizer
 
 
-def _inverse(scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if scale is None else scale.to(dtype).reciprocal()
-
-
 def _key_weights(key: torch.Tensor, key_mask: torch.Tensor | None, count: torch.Tensor, sample: int) -> torch.Tensor:
     """[M, 1]: 1 / number of keys where a key counts, 0 elsewhere."""
     inverse = count[sample].clamp(min=1).reciprocal()
@@ -353,8 +431,16 @@ def _key_weights(key: torch.Tensor, key_mask: torch.Tensor | None, count: torch.
 
 def _values(value: torch.Tensor, key_mask: torch.Tensor | None, sample: int, start: int, stop: int) -> torch.Tensor:
     """Tokens start..stop of a sample, [n, H, D] in the compute dtype, masked ones zero; a view where that is enough."""
-    values = value[sample, start:stop].to(compute_dtype(value.dtype))
-    return values if key_mask is None else values.masked_fill(~key_mask[sample, start:stop, None, None], 0.0)
+    return _kept(value[sample, start:stop].to(compute_dtype(value.dtype)), _keep(key_mask, sample, start, stop))
+
+
+def _keep(key_mask: torch.Tensor | None, sample: int, start: int, stop: int) -> torch.Tensor | None:
+    return None if key_mask is None else key_mask[sample, start:stop]
+
+
+def _kept(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """x [n, H, D], zero where `keep` [n] is not, whatever stood there; x itself where all is kept."""
+    return x if keep is None else x.masked_fill(~keep[:, None, None], 0.0)
 
 
 def _stripe(

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from . import eager
+from .reference import HeadMap
 
 _TENSORS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? scale, Tensor? conv_weight, Tensor? conv_bias, Tensor? key_mask"
+    "Tensor query, Tensor key, Tensor value, Tensor? scale, Tensor? query_weight, Tensor? query_bias, "
+    "Tensor? key_weight, Tensor? key_bias, Tensor? conv_weight, Tensor? conv_bias, Tensor? key_mask"
 )
 _SETTINGS = "float power, int[] grid, str kernel"
+_CONV_WEIGHT, _KEY_MASK = 8, 10  # their places among the tensors
 
 
 @torch.library.custom_op(
@@ -29,6 +32,10 @@ def focused_linear(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
+    query_weight: torch.Tensor | None,
+    query_bias: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     key_mask: torch.Tensor | None,
@@ -38,8 +45,10 @@ def focused_linear(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output [B, N, H, D], state [B, H, D, D] and mean key [B, H, D]; the last two are what the backward reuses."""
     run = _triton().forward if kernel == "triton" else eager.forward
-    scale, conv_weight, conv_bias = _dense(scale), _dense(conv_weight), _dense(conv_bias)
-    return run(query, key, value, scale, conv_weight, conv_bias, key_mask, power, _pair(grid))
+    return run(
+        query, key, value, _dense(scale), _head_map(query_weight, query_bias), _head_map(key_weight, key_bias),
+        _dense(conv_weight), _dense(conv_bias), key_mask, power, _pair(grid),
+    )  # fmt: skip
 
 
 @focused_linear.register_fake
@@ -48,6 +57,10 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
+    query_weight: torch.Tensor | None,
+    query_bias: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     key_mask: torch.Tensor | None,
@@ -77,6 +90,10 @@ def focused_linear_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
+    query_weight: torch.Tensor | None,
+    query_bias: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     key_mask: torch.Tensor | None,
@@ -87,13 +104,15 @@ def focused_linear_backward(
     kernel: str,
     weight_needs_grad: bool,
 ) -> list[torch.Tensor]:
-    """Gradients of query, key, value, scale, conv_weight and conv_bias; an empty tensor where there is none."""
+    """Gradients of the tensors before `key_mask`, in their order; an empty tensor where there is none."""
     run = _triton().backward if kernel == "triton" else eager.backward
-    scale, conv_weight, conv_bias = _dense(scale), _dense(conv_weight), _dense(conv_bias)
-    grads = run(
-        grad_output, query, key, value, scale, conv_weight, conv_bias, key_mask, state, mean_key, power, _pair(grid),
-        weight_needs_grad,
-    )  # fmt: skip
+    # Called under autocast too, which would undo the float32 accumulation.
+    with torch.autocast(query.device.type, enabled=False):
+        grads = run(
+            grad_output, query, key, value, _dense(scale), _head_map(query_weight, query_bias),
+            _head_map(key_weight, key_bias), _dense(conv_weight), _dense(conv_bias), key_mask, state, mean_key, power,
+            _pair(grid), weight_needs_grad,
+        )  # fmt: skip
     return [query.new_empty(0) if grad is None else grad for grad in grads]
 
 
@@ -104,6 +123,10 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
+    query_weight: torch.Tensor | None,
+    query_bias: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     key_mask: torch.Tensor | None,
@@ -114,7 +137,7 @@ def _(
     kernel: str,
     weight_needs_grad: bool,
 ) -> list[torch.Tensor]:
-    tensors = (query, key, value, scale, conv_weight, conv_bias)
+    tensors = (query, key, value, scale, query_weight, query_bias, key_weight, key_bias, conv_weight, conv_bias)
     return [query.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
 
 
@@ -128,9 +151,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _backward(ctx: Any, grad_output: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     tensors = ctx.saved_tensors
     grads = focused_linear_backward(
-        grad_output, *tensors, ctx.power, ctx.grid, ctx.kernel, ctx.needs_input_grad[4]
+        grad_output, *tensors, ctx.power, ctx.grid, ctx.kernel, ctx.needs_input_grad[_CONV_WEIGHT]
     )  # fmt: skip
-    return (*(None if t is None else g for t, g in zip(tensors[:6], grads, strict=True)), None, None, None, None)
+    return (*(None if t is None else g for t, g in zip(tensors[:_KEY_MASK], grads, strict=True)), *[None] * 4)
 
 
 focused_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -148,6 +171,10 @@ def _dense(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
+def _head_map(weight: torch.Tensor | None, bias: torch.Tensor | None) -> HeadMap | None:
+    return None if weight is None or bias is None else (weight.contiguous(), bias.contiguous())
+
+
 def _pair(grid: list[int]) -> tuple[int, int]:
     """(height, width); (0, 0) where nothing needs a grid."""
     return (grid[0], grid[1]) if grid else (0, 0)
@@ -159,6 +186,8 @@ def focused_linear_attention_operator(
     value: torch.Tensor,
     focusing_factor: float,
     scale: torch.Tensor | None,
+    query_map: HeadMap | None,
+    key_map: HeadMap | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     grid: tuple[int, int] | None,
@@ -168,5 +197,6 @@ def focused_linear_attention_operator(
     """See `focused_linear_attention`; arguments are already checked. Differentiable once."""
     size = [] if grid is None or conv_weight is None else list(grid)
     return focused_linear(
-        query, key, value, scale, conv_weight, conv_bias, key_mask, float(focusing_factor), size, kernel
-    )[0]
+        query, key, value, scale, *(query_map or (None, None)), *(key_map or (None, None)), conv_weight, conv_bias,
+        key_mask, float(focusing_factor), size, kernel,
+    )[0]  # fmt: skip

@@ -10,6 +10,11 @@ FEATURE_EPS = 1e-6
 NORMALIZER_EPS = 1e-6
 """Added to query . mean(key) before its reciprocal is taken."""
 
+HeadMap = tuple[torch.Tensor, torch.Tensor]
+"""weight [H, D, D] and bias [H, D] of an affine map of every head, x @ weight + bias."""
+OptionalPair = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Gradients of two parameters that may be absent."""
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64; everything else is computed in float32."""
@@ -24,6 +29,14 @@ def positive_power(x: torch.Tensor, factor: float) -> torch.Tensor:
         half = positive_power(x, int(factor) // 2)
         return half * half * x if int(factor) % 2 else half * half
     return x.pow(factor)
+
+
+def map_heads(x: torch.Tensor, head_map: HeadMap | None) -> torch.Tensor:
+    """[B, N, H, D] -> x @ weight + bias per head, in the dtype of x; x itself where there is no map."""
+    if head_map is None:
+        return x
+    weight, bias = (parameter.to(x.dtype) for parameter in head_map)
+    return torch.einsum("bnhd,hde->bnhe", x, weight) + bias
 
 
 def focused_feature_map(
@@ -84,6 +97,8 @@ def focused_linear_attention_reference(
     value: torch.Tensor,
     focusing_factor: float,
     scale: torch.Tensor | None,
+    query_map: HeadMap | None,
+    key_map: HeadMap | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     grid: tuple[int, int] | None,
@@ -97,8 +112,8 @@ def focused_linear_attention_reference(
         keep = key_mask[:, :, None, None]
         key = key.masked_fill(~keep, 0.0)
         values = values.masked_fill(~keep, 0.0)
-    mapped_query = focused_feature_map(query, focusing_factor, scale)
-    mapped_key = focused_feature_map(key, focusing_factor, scale)
+    mapped_query = focused_feature_map(map_heads(query.to(dtype), query_map), focusing_factor, scale)
+    mapped_key = focused_feature_map(map_heads(key.to(dtype), key_map), focusing_factor, scale)
     if key_mask is None:
         count: torch.Tensor | float = float(key.shape[1])
     else:

@@ -15,6 +15,7 @@ import torch
 import triton
 
 from . import triton_kernels as kernels
+from .reference import HeadMap, OptionalPair
 
 _CHUNKS_PER_PROCESSOR = 4
 _INTERPRETER_PROCESSORS = 1
@@ -83,9 +84,12 @@ class _Launch:
         return {"WHOLE": whole, "HAS_SCALE": self.scale is not None}
 
     @property
+    def precision(self) -> str:
+        return "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "ieee"
+
+    @property
     def product(self) -> dict[str, int | str]:
-        precision = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "ieee"
-        return {"BLOCK_E": self.block_e, "PRECISION": precision, "num_stages": self.stages}
+        return {"BLOCK_E": self.block_e, "PRECISION": self.precision, "num_stages": self.stages}
 
     def chunks(self, tokens: int) -> tuple[int, int]:
         """(tokens per chunk, chunks): enough programs to fill the device, at least a few blocks each."""
@@ -100,6 +104,8 @@ def forward(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
+    query_map: HeadMap | None,
+    key_map: HeadMap | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     key_mask: torch.Tensor | None,
@@ -109,17 +115,22 @@ def forward(
     """Output [B, N, H, D], T [B, H, D, D] (the values' mean under each key feature) and the mean key [B, H, D]."""
     with _on(query.device):
         launch = _prepare(query, scale, key_mask, power)
-        means, mean_key = _finish_state(launch, *_state_sums(launch, key, value), key.shape[1])
-        output = _query_output(launch, query, value, conv_weight, conv_bias, means, mean_key, grid)
+        means, mean_key = _finish_state(launch, *_state_sums(launch, key, value, key_map), key.shape[1])
+        output = _query_output(launch, query, value, query_map, conv_weight, conv_bias, means, mean_key, grid)
     return output, means, mean_key
 
 
 def state_sums(
-    key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None, key_mask: torch.Tensor | None, power: float
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: torch.Tensor | None,
+    key_map: HeadMap | None,
+    key_mask: torch.Tensor | None,
+    power: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of f(k)^T v [B, H, D, D] and of f(k) [B, H, D] over the keys given, float32: they add up over processes."""
     with _on(key.device):
-        sums, key_sums, _ = _state_sums(_prepare(key, scale, key_mask, power), key, value)
+        sums, key_sums, _ = _state_sums(_prepare(key, scale, key_mask, power), key, value, key_map)
         return sums.sum(dim=0), key_sums.sum(dim=0)
 
 
@@ -127,6 +138,7 @@ def forward_from_sums(
     query: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
+    query_map: HeadMap | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     key_mask: torch.Tensor,
@@ -140,7 +152,7 @@ def forward_from_sums(
     with _on(query.device):
         launch = _prepare(query, scale, key_mask, power, counts)
         means, mean_key = _finish_state(launch, sums[None], key_sums[None], 1, 0)
-        output = _query_output(launch, query, value, conv_weight, conv_bias, means, mean_key, grid)
+        output = _query_output(launch, query, value, query_map, conv_weight, conv_bias, means, mean_key, grid)
     return output, means, mean_key
 
 
@@ -150,6 +162,8 @@ def backward(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
+    query_map: HeadMap | None,
+    key_map: HeadMap | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     key_mask: torch.Tensor | None,
@@ -159,37 +173,48 @@ def backward(
     grid: tuple[int, int],
     weight_needs_grad: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of query, key, value, scale, conv_weight and conv_bias."""
+    """Gradients of query, key, value, scale, the maps' weights and biases, conv_weight and conv_bias."""
     with _on(query.device):
         launch = _prepare(query, scale, key_mask, power)
         grad_query, scale_sums_query, sums, vector_sums, splits = _query_backward(
-            launch, grad_output, query, means, mean_key
+            launch, grad_output, _mapped(query, query_map), means, mean_key
         )
+        grad_query, *grad_query_map = _map_backward(grad_query, query, query_map, None)
         grad_key, grad_value, scale_sums_key = _key_backward(
-            launch, grad_output, key, value, mean_key, sums, vector_sums, splits, conv_weight, grid
+            launch, grad_output, _mapped(key, key_map), value, mean_key, sums, vector_sums, splits, conv_weight, grid
         )
+        grad_key, *grad_key_map = _map_backward(grad_key, key, key_map, key_mask)
         grad_scale = None
         if scale is not None:
             grad_scale = (scale_sums_query.sum(dim=(0, 1)) + scale_sums_key.sum(dim=(0, 1))).flatten().to(scale.dtype)
         grad_weight, grad_bias = _convolution_backward(
             launch, grad_output, value, conv_weight if weight_needs_grad else None, conv_bias, grid
         )
-    return grad_query, grad_key, grad_value, grad_scale, grad_weight, grad_bias
+    return (
+        grad_query, grad_key, grad_value, grad_scale, *grad_query_map, *grad_key_map, grad_weight, grad_bias
+    )  # fmt: skip
 
 
 def query_backward(
     grad_output: torch.Tensor,
     query: torch.Tensor,
     scale: torch.Tensor | None,
+    query_map: HeadMap | None,
     means: torch.Tensor,
     mean_key: torch.Tensor,
     power: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradient of the query, this process's share of the scale's [H * D], and the sums that processes add up."""
+) -> tuple[torch.Tensor, OptionalPair, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradient of the query, this process's shares of the map's and of the scale's [H * D], and the sums that processes
+    add up.
+    """
     with _on(query.device):
         launch = _prepare(query, scale, None, power)
-        grad_query, scale_sums, sums, vector_sums, _ = _query_backward(launch, grad_output, query, means, mean_key)
-        return grad_query, scale_sums.sum(dim=(0, 1)).flatten(), sums.sum(dim=0), vector_sums.sum(dim=0)
+        grad_query, scale_sums, sums, vector_sums, _ = _query_backward(
+            launch, grad_output, _mapped(query, query_map), means, mean_key
+        )
+        grad_query, *grad_map = _map_backward(grad_query, query, query_map, None)
+        shares = scale_sums.sum(dim=(0, 1)).flatten()
+        return grad_query, (grad_map[0], grad_map[1]), shares, sums.sum(dim=0), vector_sums.sum(dim=0)
 
 
 def key_backward(
@@ -197,6 +222,7 @@ def key_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: torch.Tensor | None,
+    key_map: HeadMap | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     key_mask: torch.Tensor,
@@ -206,15 +232,18 @@ def key_backward(
     vector_sums: torch.Tensor,
     power: float,
     grid: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of key and value, and this process's shares of scale [H * D], conv_weight and conv_bias."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, OptionalPair, OptionalPair]:
+    """Gradients of key and value, and this process's shares of scale [H * D], of the map and of the convolution."""
     with _on(key.device):
         launch = _prepare(key, scale, key_mask, power, counts)
         grad_key, grad_value, scale_sums = _key_backward(
-            launch, grad_output, key, value, mean_key, sums[None], vector_sums[None], 1, conv_weight, grid
-        )
-        grad_weight, grad_bias = _convolution_backward(launch, grad_output, value, conv_weight, conv_bias, grid)
-        return grad_key, grad_value, scale_sums.sum(dim=(0, 1)).flatten(), grad_weight, grad_bias
+            launch, grad_output, _mapped(key, key_map), value, mean_key, sums[None], vector_sums[None], 1, conv_weight,
+            grid,
+        )  # fmt: skip
+        grad_key, *grad_map = _map_backward(grad_key, key, key_map, key_mask)
+        grad_convolution = _convolution_backward(launch, grad_output, value, conv_weight, conv_bias, grid)
+        shares = scale_sums.sum(dim=(0, 1)).flatten()
+        return grad_key, grad_value, shares, (grad_map[0], grad_map[1]), grad_convolution
 
 
 def _query_backward(
@@ -326,15 +355,18 @@ def _weight_gradient(
     return sums.sum(dim=(0, 1)).permute(0, 3, 1, 2).reshape(conv_weight.shape).to(conv_weight.dtype)
 
 
-def _state_sums(launch: _Launch, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _state_sums(
+    launch: _Launch, key: torch.Tensor, value: torch.Tensor, key_map: HeadMap | None
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    key, key_map = _unfused(launch, key, key_map)
     batch, tokens, heads, head_dim = key.shape
     chunk, splits = launch.chunks(tokens)
     sums = _floats(key, splits, batch, heads, head_dim, head_dim)
     key_sums = _floats(key, splits, batch, heads, head_dim)
     kernels.state_kernel[(batch * heads, splits, launch.columns)](
-        key, value, _or(launch.scale, key), _or(launch.key_mask, key), _lengths(launch, key, launch.key_mask),
+        key, value, _or(launch.scale, key), _or(launch.key_mask, key), _lengths(launch, key, launch.key_mask, key_map),
         sums, key_sums, tokens, heads, chunk, key.stride(0), value.stride(0), launch.power,
-        HAS_MASK=launch.key_mask is not None, BLOCK_N=launch.block_n,
+        HAS_MASK=launch.key_mask is not None, BLOCK_N=launch.block_n, **_map_arguments(key_map, key),
         **_strides("K", key), **_strides("V", value), **launch.mapping, **launch.shared, **launch.product,
     )  # fmt: skip
     return sums, key_sums, splits
@@ -355,37 +387,84 @@ def _query_output(
     launch: _Launch,
     query: torch.Tensor,
     value: torch.Tensor,
+    query_map: HeadMap | None,
     conv_weight: torch.Tensor | None,
     conv_bias: torch.Tensor | None,
     means: torch.Tensor,
     mean_key: torch.Tensor,
     grid: tuple[int, int],
 ) -> torch.Tensor:
+    query, query_map = _unfused(launch, query, query_map)
     batch, tokens, heads, _ = query.shape
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     blocks = triton.cdiv(tokens, launch.block_n)
     # With blocks to spare, a program that takes every head reads the query from memory only once.
     all_heads = batch * blocks >= 4 * launch.processors
-    lengths = query if all_heads else _lengths(launch, query, None)
+    lengths = query if all_heads else _lengths(launch, query, None, query_map)
     kernels.query_kernel[(batch if all_heads else batch * heads, blocks)](
         query, value, _or(launch.scale, query), lengths, means, mean_key, _or(conv_weight, query),
         _or(conv_bias, query), _or(launch.key_mask, query), _or(launch.counts, query), output,
         tokens, heads, *grid, query.stride(0), value.stride(0), launch.power,
         HAS_MASK=launch.key_mask is not None, HAS_BIAS=conv_bias is not None,
         KERNEL=0 if conv_weight is None else conv_weight.shape[-1], ALL_HEADS=all_heads, BLOCK_N=launch.block_n,
-        **_strides("Q", query), **_strides("V", value), **launch.mapping, **launch.shared, **launch.product,
+        **_map_arguments(query_map, query), **_strides("Q", query), **_strides("V", value),
+        **launch.mapping, **launch.shared, **launch.product,
     )  # fmt: skip
     return output
 
 
-def _lengths(launch: _Launch, x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+def _unfused(launch: _Launch, x: torch.Tensor, head_map: HeadMap | None) -> tuple[torch.Tensor, HeadMap | None]:
+    """x and the map that is left for the kernels, which hold a head's whole weight beside its tokens.
+
+    Where that would not fit registers and shared memory, x comes back mapped: one more pass over memory.
+    """
+    return (x, head_map) if launch.block_e == launch.block_d else (_mapped(x, head_map), None)
+
+
+def _mapped(x: torch.Tensor, head_map: HeadMap | None) -> torch.Tensor:
+    """x [B, N, H, D] behind the map, in its dtype; strides as the product leaves them."""
+    if head_map is None:
+        return x
+    weight, bias = (parameter.to(x.dtype) for parameter in head_map)
+    by_head = torch.baddbmm(bias.unsqueeze(1), x.flatten(0, 1).transpose(0, 1), weight)
+    return by_head.transpose(0, 1).unflatten(0, x.shape[:2])
+
+
+def _map_backward(
+    grad: torch.Tensor, x: torch.Tensor, head_map: HeadMap | None, key_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """`grad` [B, N, H, D] of the mapped x -> gradients of x and of the map's weight and bias."""
+    if head_map is None:
+        return grad, None, None
+    weight, bias = head_map
+    if key_mask is not None:
+        x = x.masked_fill(~key_mask[:, :, None, None], 0.0)  # its gradient is zero, but zero times NaN is NaN
+    by_head = grad.flatten(0, 1).transpose(0, 1)  # [H, B * N, D]
+    grad_weight = torch.bmm(x.flatten(0, 1).permute(1, 2, 0), by_head)
+    grad_bias = grad.sum(dim=(0, 1), dtype=torch.float32)
+    grad_x = torch.bmm(by_head, weight.to(x.dtype).transpose(1, 2)).transpose(0, 1).unflatten(0, x.shape[:2])
+    return grad_x.contiguous(), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+def _map_arguments(head_map: HeadMap | None, unused: torch.Tensor) -> dict[str, torch.Tensor | bool]:
+    weight, bias = head_map or (unused, unused)
+    return {"map_weight_ptr": weight, "map_bias_ptr": bias, "HAS_MAP": head_map is not None}
+
+
+def _lengths(
+    launch: _Launch, x: torch.Tensor, key_mask: torch.Tensor | None, head_map: HeadMap | None = None
+) -> torch.Tensor:
     """float32 [B, 3, N]: 1 / peak of every token and the lengths of its unit vector and of that vector's power."""
     batch, tokens, heads, _ = x.shape
     lengths = _floats(x, batch, 3, tokens)
-    kernels.statistics_kernel[(batch, triton.cdiv(tokens, _TOKENS_PER_LENGTHS_PROGRAM))](
+    block_n, options = _TOKENS_PER_LENGTHS_PROGRAM, {}
+    if head_map is not None:
+        # Every program reads the maps of all heads: more tokens share them, and fewer stages leave room for programs.
+        block_n, options = launch.block_n, {"num_stages": 2}
+    kernels.statistics_kernel[(batch, triton.cdiv(tokens, block_n))](
         x, _or(launch.scale, x), _or(key_mask, x), lengths, tokens, heads, x.stride(0), launch.power,
-        HAS_MASK=key_mask is not None, BLOCK_N=_TOKENS_PER_LENGTHS_PROGRAM,
-        SN=x.stride(1), SH=x.stride(2), SD=x.stride(3), **launch.mapping, **launch.shared,
+        HAS_MASK=key_mask is not None, BLOCK_N=block_n, PRECISION=launch.precision, **_map_arguments(head_map, x),
+        SN=x.stride(1), SH=x.stride(2), SD=x.stride(3), **launch.mapping, **launch.shared, **options,
     )  # fmt: skip
     return lengths
 

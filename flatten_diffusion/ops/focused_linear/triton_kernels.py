@@ -1,7 +1,8 @@
 """Triton kernels of focused linear attention. `triton.py` launches them; `eager.py` is the same operator in torch.
 
-Notation, per head: w = (u / peak)^p with u = (relu(x) + 1e-6) / scale; f(x) = ratio * w; n1, n2 the lengths of u / peak
-and w over all heads; kappa_d = mean_m f(k)_d. Everything the matrix products see is kept within the range of its dtype:
+Notation, per head: w = (u / peak)^p with u = (relu(x) + 1e-6) / scale, x mapped before where there is a map; f(x) =
+ratio * w; n1, n2 the lengths of u / peak and w over all heads; kappa_d = mean_m f(k)_d. Everything the matrix products
+see is kept within the range of its dtype:
 
     T_de = mean_m f(k)_d v_e / kappa_d          a weighted mean of the values
     a_nd = w_d kappa_d / Z,  Z = sum_d w_d kappa_d + 1e-6 / ratio          weights, at most 1
@@ -45,6 +46,59 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _rectified(x, scale_ptr, head, HAS_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """u of x [n, D] in float32; 0 in the padding of D, so that it weighs nothing."""
+    channels = tl.arange(0, BLOCK_D)
+    inside = channels < HEAD_DIM
+    u = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + FEATURE_EPS
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + head * HEAD_DIM + channels, mask=inside, other=1.0).to(tl.float32)
+        u /= scale[None, :]
+    return tl.where(inside[None, :], u, 0.0)
+
+
+@triton.jit
+def _load_map(
+    weight_ptr, bias_ptr, head, like_ptr, HAS_MAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Weight [D, D] and bias [D] of a head's map, as `_mapped_features` takes them."""
+    if HAS_MAP:
+        weight = _load_matrix(weight_ptr + head * HEAD_DIM * HEAD_DIM, 0, HEAD_DIM, BLOCK_D, BLOCK_D)
+        weight = weight.to(like_ptr.dtype.element_ty)
+        bias = _load_vector(bias_ptr, head, HEAD_DIM, BLOCK_D)
+    else:
+        weight = 0
+        bias = 0
+    return weight, bias
+
+
+@triton.jit
+def _mapped_features(
+    x_ptr,
+    scale_ptr,
+    weight,
+    bias,
+    tokens,
+    live,
+    head,
+    HAS_MAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SN: tl.constexpr,
+    SH: tl.constexpr,
+    SD: tl.constexpr,
+):
+    """u [n, D] of one head's tokens behind its map, where there is one."""
+    x = _load_tile(x_ptr, tokens, live, head, 0, HEAD_DIM, BLOCK_D, SN, SH, SD)
+    if HAS_MAP:
+        x = _dot(x, weight, tl.zeros([BLOCK_N, BLOCK_D], tl.float32), PRECISION) + bias[None, :]
+    return _rectified(x.to(tl.float32), scale_ptr, head, HAS_SCALE, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
 def _features(
     x_ptr,
     scale_ptr,
@@ -58,31 +112,28 @@ def _features(
     SH: tl.constexpr,
     SD: tl.constexpr,
 ):
-    """(u [n, D], x > 0) of one head's tokens; 0 in the padding of D, so that it weighs nothing."""
-    channels = tl.arange(0, BLOCK_D)
-    inside = channels < HEAD_DIM
-    offsets = tokens[:, None].to(tl.int64) * SN + head * SH + channels[None, :] * SD
-    x = tl.load(x_ptr + offsets, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    u = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + FEATURE_EPS
-    if HAS_SCALE:
-        scale = tl.load(scale_ptr + head * HEAD_DIM + channels, mask=inside, other=1.0).to(tl.float32)
-        u /= scale[None, :]
-    return tl.where(inside[None, :], u, 0.0), x > 0
+    """(u [n, D], x > 0) of one head's tokens."""
+    x = _load_tile(x_ptr, tokens, live, head, 0, HEAD_DIM, BLOCK_D, SN, SH, SD).to(tl.float32)
+    return _rectified(x, scale_ptr, head, HAS_SCALE, HEAD_DIM, BLOCK_D), x > 0
 
 
 @triton.jit
 def _token_lengths(
     x_ptr,
     scale_ptr,
+    map_weight_ptr,
+    map_bias_ptr,
     tokens,
     live,
     heads,
     power,
     WHOLE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_MAP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
     SN: tl.constexpr,
     SH: tl.constexpr,
     SD: tl.constexpr,
@@ -92,7 +143,11 @@ def _token_lengths(
     sum_1 = tl.zeros([BLOCK_N], tl.float32)
     sum_2 = tl.zeros([BLOCK_N], tl.float32)
     for head in range(heads):
-        u, _ = _features(x_ptr, scale_ptr, tokens, live, head, HAS_SCALE, HEAD_DIM, BLOCK_D, SN, SH, SD)
+        weight, bias = _load_map(map_weight_ptr, map_bias_ptr, head, x_ptr, HAS_MAP, HEAD_DIM, BLOCK_D)
+        u = _mapped_features(
+            x_ptr, scale_ptr, weight, bias, tokens, live, head,
+            HAS_MAP, HAS_SCALE, HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION, SN, SH, SD,
+        )  # fmt: skip
         grown = tl.maximum(peak, tl.max(u, axis=1))
         shrink = peak / grown
         unit = u / grown[:, None]
@@ -145,11 +200,16 @@ def _load_tile(
 @triton.jit
 def _load_square(ptr, batch_head, first, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
     """Columns first .. first + BLOCK_E of a head's [D, D] matrix, zero in the padding."""
+    return _load_matrix(ptr + batch_head.to(tl.int64) * HEAD_DIM * HEAD_DIM, first, HEAD_DIM, BLOCK_D, BLOCK_E)
+
+
+@triton.jit
+def _load_matrix(ptr, first, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
     rows = tl.arange(0, BLOCK_D)
     columns = first + tl.arange(0, BLOCK_E)
     offsets = rows[:, None] * HEAD_DIM + columns[None, :]
     mask = (rows < HEAD_DIM)[:, None] & (columns < HEAD_DIM)[None, :]
-    return tl.load(ptr + batch_head.to(tl.int64) * HEAD_DIM * HEAD_DIM + offsets, mask=mask, other=0.0)
+    return tl.load(ptr + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -213,12 +273,16 @@ def statistics_kernel(
     heads,
     batch_stride,
     power,
+    map_weight_ptr,
+    map_bias_ptr,
     WHOLE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_MAP: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
     SN: tl.constexpr,
     SH: tl.constexpr,
     SD: tl.constexpr,
@@ -228,8 +292,8 @@ def statistics_kernel(
     tokens = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = _key_is_live(key_mask_ptr, batch, length, tokens, length, HAS_MASK)
     inverse_peak, n1, n2 = _token_lengths(
-        x_ptr + batch.to(tl.int64) * batch_stride, scale_ptr, tokens, live, heads, power,
-        WHOLE, HAS_SCALE, HEAD_DIM, BLOCK_N, BLOCK_D, SN, SH, SD,
+        x_ptr + batch.to(tl.int64) * batch_stride, scale_ptr, map_weight_ptr, map_bias_ptr, tokens, live, heads, power,
+        WHOLE, HAS_SCALE, HAS_MAP, HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION, SN, SH, SD,
     )  # fmt: skip
     base = lengths_ptr + batch.to(tl.int64) * 3 * length + tokens
     tl.store(base, inverse_peak, mask=tokens < length)
@@ -252,8 +316,11 @@ def state_kernel(
     key_batch_stride,
     value_batch_stride,
     power,
+    map_weight_ptr,
+    map_bias_ptr,
     WHOLE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_MAP: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -277,11 +344,15 @@ def state_kernel(
     dtype = value_ptr.dtype.element_ty
     total = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
     key_total = tl.zeros([BLOCK_D], tl.float32)
+    weight, bias = _load_map(map_weight_ptr, map_bias_ptr, head, key_ptr, HAS_MAP, HEAD_DIM, BLOCK_D)
     end = tl.minimum(split * chunk + chunk, length)
     for start in range(split * chunk, end, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         live = _key_is_live(key_mask_ptr, batch, length, tokens, end, HAS_MASK)
-        u, _ = _features(key_ptr, scale_ptr, tokens, live, head, HAS_SCALE, HEAD_DIM, BLOCK_D, KN, KH, KD)
+        u = _mapped_features(
+            key_ptr, scale_ptr, weight, bias, tokens, live, head,
+            HAS_MAP, HAS_SCALE, HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION, KN, KH, KD,
+        )  # fmt: skip
         inverse_peak, n1, n2 = _load_lengths(lengths_ptr, batch, length, tokens, live)
         ratio = tl.where(live, n1 / (n2 * inverse_peak), 0.0)
         mapped = _power(u * inverse_peak[:, None], power, WHOLE) * ratio[:, None]
@@ -376,8 +447,11 @@ def query_kernel(
     query_batch_stride,
     value_batch_stride,
     power,
+    map_weight_ptr,
+    map_bias_ptr,
     WHOLE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_MAP: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KERNEL: tl.constexpr,
@@ -409,15 +483,19 @@ def query_kernel(
     value_ptr += batch.to(tl.int64) * value_batch_stride
     if ALL_HEADS:
         inverse_peak, n1, n2 = _token_lengths(
-            query_ptr, scale_ptr, tokens, live, heads, power,
-            WHOLE, HAS_SCALE, HEAD_DIM, BLOCK_N, BLOCK_D, QN, QH, QD,
+            query_ptr, scale_ptr, map_weight_ptr, map_bias_ptr, tokens, live, heads, power,
+            WHOLE, HAS_SCALE, HAS_MAP, HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION, QN, QH, QD,
         )  # fmt: skip
     else:
         inverse_peak, n1, n2 = _load_lengths(lengths_ptr, batch, length, tokens, live)
     epsilon = NORMALIZER_EPS * n2 * inverse_peak / n1
     for head in range(first_head, last_head):
         batch_head = batch * heads + head
-        u, _ = _features(query_ptr, scale_ptr, tokens, live, head, HAS_SCALE, HEAD_DIM, BLOCK_D, QN, QH, QD)
+        weight, bias = _load_map(map_weight_ptr, map_bias_ptr, head, query_ptr, HAS_MAP, HEAD_DIM, BLOCK_D)
+        u = _mapped_features(
+            query_ptr, scale_ptr, weight, bias, tokens, live, head,
+            HAS_MAP, HAS_SCALE, HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION, QN, QH, QD,
+        )  # fmt: skip
         kappa = _load_vector(kappa_ptr, batch_head, HEAD_DIM, BLOCK_D)
         weights = _power(u * inverse_peak[:, None], power, WHOLE) * kappa[None, :]
         normalizer = tl.maximum(tl.sum(weights, axis=1) + epsilon, SMALLEST)
