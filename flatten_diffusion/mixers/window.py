@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..ops import call_dtype
-from ..ops.windows import NO_KEY, fits, from_windows, join_windows, windows_of
+from ..ops.windows import NO_KEY, fits, from_windows, join_far, join_windows, windows_of
 from .grid import Grid, pictures_of
 from .joint import estimate_log_mass, softmax_with_sink
 
@@ -58,11 +58,17 @@ class WindowAttention(nn.Module):
             scale: of the softmax; None means D ** -0.5.
         """
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        log_count, average, spread = self.far_features(query, key, grid, mask, scale)
-        gain = 1 + self.gain.to(average.dtype)
-        log_far = log_count + gain[:, 0] * average + gain[:, 1] * spread + self.bias.to(average.dtype)
+        log_far = self.log_far_mass(query, key, grid, mask, scale)
         rest, share = attend_within(query, key, value, grid, self.size, mask, scale, log_far)
         return rest, share, log_far - share[..., 0].to(log_far.dtype).clamp(min=1e-30).log()
+
+    def log_far_mass(
+        self, query: torch.Tensor, key: torch.Tensor, grid: Grid, mask: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        """log Z_far, [B, N, H]."""
+        log_count, average, spread = self.far_features(query, key, grid, mask, scale)
+        gain = 1 + self.gain.to(average.dtype)
+        return log_count + gain[:, 0] * average + gain[:, 1] * spread + self.bias.to(average.dtype)
 
     def far_features(
         self, query: torch.Tensor, key: torch.Tensor, grid: Grid, mask: torch.Tensor | None, scale: float
@@ -87,11 +93,15 @@ class WindowAttention(nn.Module):
         scale: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out [B, N, H, D] from the mixer's output `mixed` and the arguments of `parts`, and log(Z_W + Z_far)."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # which would unroll the blocks
             rest, share, log_mass = self.parts(query, key, value, grid, mask, scale)
             return rest + share * mixed, log_mass
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         mixed, query, key, value = (x.to(call_dtype(query)) for x in (mixed, query, key, value))
+        if torch.is_grad_enabled():
+            log_far = self.log_far_mass(query, key, grid, mask, scale)
+            with torch.autocast(query.device.type, enabled=False):
+                return join_far(mixed, query, key, value, log_far, pictures_of(grid), self.size, mask, scale)
         with torch.autocast(query.device.type, enabled=False):
             return join_windows(
                 mixed, query, key, value, pictures_of(grid), self.size, mask, scale, self.gain, self.bias, self.backend

@@ -109,7 +109,8 @@ def test_compiles_for_hopper(monkeypatch, dtype, heads, head_dim, grid, kernel, 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "masked"), [(torch.bfloat16, 64, True), (torch.float32, 40, False)])
 def test_windows_compile_for_hopper(monkeypatch, dtype, head_dim, masked):
-    from flatten_diffusion.ops import windows, windows_triton
+    from flatten_diffusion.ops.windows import join as windows
+    from flatten_diffusion.ops.windows import triton as windows_triton
 
     if type(windows_triton.window_kernel).__name__ != "JITFunction":
         pytest.skip("kernels were defined under TRITON_INTERPRET")

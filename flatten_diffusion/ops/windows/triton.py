@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .focused_linear.triton import _on as on_device
-from .focused_linear.triton_kernels import _dot, _load_tile, _load_vector
+from ..focused_linear.triton import _on as on_device
+from ..focused_linear.triton_kernels import _dot, _load_tile, _load_vector
 
 MAX_WINDOW_TOKENS = 128
 """Beyond, the scores of a window would not fit the registers."""

@@ -1,0 +1,187 @@
+"""Softmax within windows of a picture, joined with attention to all that lies beyond them.
+
+The tokens go through in blocks of whole windows, small enough for scores and copies to stay in cache: main memory sees
+query, key, value, what is joined, and the output; the backward pass recomputes each block.
+`flatten_diffusion.mixers.WindowAttention` has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..focused_linear.dispatch import resolve_backend
+from ..focused_linear.reference import compute_dtype
+from .moments import key_moments, moments_of_rows
+from .partition import Block, Picture, blocks
+
+NO_KEY = 1e-4
+"""What counts as the number of keys beyond a window that leaves none out: next to nothing, yet its logarithm is finite
+and of the size of scores."""
+
+
+@torch.no_grad()
+def join_windows(
+    mixed: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pictures: Sequence[Picture],
+    size: int,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    gain: torch.Tensor,
+    bias: torch.Tensor,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `WindowAttention` gives for the mixer's output `mixed`: [B, N, H, D], and log masses [B, N, H].
+
+    query, key, value and mixed are [B, N, H, D] with any strides; gain [H, 2]; bias [H]; key_mask bool [B, N] or None;
+    backend as for `focused_linear_attention`.
+    """
+    dtype = compute_dtype(query.dtype)
+    moments = key_moments(key, key_mask)
+    gain, bias = 1 + gain.to(dtype), bias.to(dtype)
+    if resolve_backend(backend, query.device, query.dtype, query.shape[3]) == "triton":
+        from . import triton  # a machine without triton never needs it
+
+        if triton.fits_kernel(query, size):
+            return triton.join(mixed, query, key, value, pictures, size, key_mask, scale, gain, bias, moments, NO_KEY)
+    log_count = moments.number.log()
+    output = query.new_empty(query.shape)
+    log_mass = query.new_empty(query.shape[:3], dtype=dtype)
+    for sample in range(query.shape[0]):
+        for block in blocks(pictures, size, query):
+            queries = block.take(query, sample, dtype).mul_(scale)
+            keys, values = (block.take(x, sample, dtype) for x in (key, value))
+            rows = queries.flatten(1, 2)
+            average, spread = moments_of_rows(rows, moments.mean[sample], moments.covariance[sample], log_count[sample])
+            log_far = average.mul_(gain[:, :1]).addcmul_(spread, gain[:, 1:]).add_(bias[:, None])
+            log_far = log_far.view(queries.shape[:3])
+            keep = _mask(block, key_mask, sample, keys, values)
+            near = keys.shape[2] if keep is None else keep.sum(dim=1, keepdim=True)
+            log_far += (moments.number[sample] - near).clamp(min=NO_KEY).log()
+            attended, mass = _attend(queries, keys, values, keep, log_far, block.take(mixed, sample, dtype))
+            block.put(output, sample, attended)
+            block.put(log_mass.unsqueeze(-1), sample, mass)
+    return output, log_mass
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor | None,
+    log_far: torch.Tensor,
+    mixed: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """query, key, value, mixed [H, W, t, D], keep [W, t], log_far [H, W, t] -> output [H, W, t, D], its log mass."""
+    shape = query.shape
+    scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).view(*shape[:3], shape[2])
+    if keep is not None:
+        scores.masked_fill_(~keep[:, None], -torch.inf)
+    largest = torch.maximum(scores.amax(dim=-1), log_far)
+    weights = scores.sub_(largest.unsqueeze(-1)).exp_()
+    far = (log_far - largest).exp_()
+    total = weights.sum(dim=-1).add_(far)
+    far.div_(total)
+    weights.div_(total.unsqueeze(-1))
+    mixed = mixed.mul_(far.unsqueeze(-1)).flatten(0, 1)
+    output = mixed.baddbmm_(weights.flatten(0, 1), value.flatten(0, 1)).view(shape)
+    return output, largest.add_(total.log_()).unsqueeze(-1)
+
+
+def join_far(
+    mixed: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_far: torch.Tensor,
+    pictures: Sequence[Picture],
+    size: int,
+    key_mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `join_windows` from an estimate of the mass beyond each query's window, log_far [B, N, H]; differentiable once
+    in all five tensors."""
+    joined: tuple[torch.Tensor, torch.Tensor] = _JoinFar.apply(
+        mixed, query, key, value, log_far, tuple(pictures), size, key_mask, scale
+    )
+    return joined
+
+
+class _JoinFar(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mixed: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        log_far: torch.Tensor,
+        pictures: tuple[Picture, ...],
+        size: int,
+        key_mask: torch.Tensor | None,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = compute_dtype(query.dtype)
+        output = query.new_empty(query.shape)
+        log_mass = query.new_empty(query.shape[:3], dtype=dtype)
+        for sample in range(query.shape[0]):
+            for block in blocks(pictures, size, query):
+                queries = block.take(query, sample, dtype).mul_(scale)
+                keys, values = (block.take(x, sample, dtype) for x in (key, value))
+                keep = _mask(block, key_mask, sample, keys, values)
+                far = block.take(log_far.unsqueeze(-1), sample, dtype).squeeze(-1)
+                attended, mass = _attend(queries, keys, values, keep, far, block.take(mixed, sample, dtype))
+                block.put(output, sample, attended)
+                block.put(log_mass.unsqueeze(-1), sample, mass)
+        ctx.save_for_backward(mixed, query, key, value, log_far, key_mask, output, log_mass)
+        ctx.pictures, ctx.size, ctx.scale = pictures, size, scale
+        return output, log_mass
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor, grad_mass: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """With P the weights of a window's keys, f that of what lies beyond, and delta = grad . out, the gradient of
+        the scores is P (grad v^T - delta + grad_mass), that of log_far f (grad . mixed - delta + grad_mass)."""
+        mixed, query, key, value, log_far, key_mask, output, log_mass = ctx.saved_tensors
+        dtype = log_mass.dtype
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (mixed, query, key, value, log_far)]
+        grad_mixed, grad_query, grad_key, grad_value, grad_far = grads
+        with torch.autocast(query.device.type, enabled=False):
+            for sample in range(query.shape[0]):
+                for block in blocks(ctx.pictures, ctx.size, query):
+                    queries, keys, values, beyond, grad, attended = (
+                        block.take(x, sample, dtype) for x in (query, key, value, mixed, grad_output, output)
+                    )
+                    far, mass, moved = (
+                        block.take(x.unsqueeze(-1), sample, dtype).squeeze(-1) for x in (log_far, log_mass, grad_mass)
+                    )
+                    keep = _mask(block, key_mask, sample, keys, values)
+                    moved -= (grad * attended).sum(dim=-1)
+                    weights = (queries @ keys.transpose(-1, -2)).mul_(ctx.scale).sub_(mass.unsqueeze(-1)).exp_()
+                    if keep is not None:
+                        weights.masked_fill_(~keep[:, None], 0.0)
+                    far = far.sub_(mass).exp_()
+                    block.put(grad_value, sample, weights.transpose(-1, -2) @ grad)
+                    block.put(grad_far.unsqueeze(-1), sample, (far * ((grad * beyond).sum(dim=-1) + moved))[..., None])
+                    weights.mul_((grad @ values.transpose(-1, -2)).add_(moved.unsqueeze(-1))).mul_(ctx.scale)
+                    block.put(grad_query, sample, weights @ keys)
+                    block.put(grad_key, sample, weights.transpose(-1, -2) @ queries)
+                    block.put(grad_mixed, sample, grad.mul_(far.unsqueeze(-1)))
+        return *grads, None, None, None, None
+
+
+def _mask(
+    block: Block, key_mask: torch.Tensor | None, sample: int, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor | None:
+    """bool [W, t] of a block's keys; zeroes masked ones, whatever they hold, in place."""
+    if key_mask is None:
+        return None
+    keep: torch.Tensor = block.take(key_mask[..., None, None], sample, torch.bool)[0, ..., 0]
+    keys.masked_fill_(~keep[..., None], 0.0)
+    values.masked_fill_(~keep[..., None], 0.0)
+    return keep
