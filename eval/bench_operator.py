@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flatten_diffusion.mixers import WindowAttention
 from flatten_diffusion.ops import available_backends, focused_linear_attention
 from flatten_diffusion.ops.crossover import device_name
 
@@ -47,6 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kernel_size", type=int, default=0, help="depthwise convolution; 0 leaves it out")
     parser.add_argument("--focusing_factor", type=float, default=3.0)
     parser.add_argument("--feature_maps", action="store_true", help="also time the operator with maps of query and key")
+    parser.add_argument("--window", type=int, default=0, help="also time the operator joined with windows of this side")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, default=20)
@@ -63,6 +65,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--graphs needs a CUDA device and no --backward")
     if options.kernel_size < 0 or (options.kernel_size and options.kernel_size % 2 == 0):
         parser.error("--kernel_size must be odd, or 0")
+    if options.window < 0 or options.window == 1:
+        parser.error("--window must be at least 2, or 0")
     return options
 
 
@@ -113,6 +117,12 @@ def variants(options: argparse.Namespace, tokens: int) -> dict[str, Callable[[],
     def linear(backend: str, maps: dict[str, Any] | None = None) -> Callable[[], torch.Tensor]:
         return lambda: focused_linear_attention(query, key, value, backend=backend, **extra, **(maps or {}))
 
+    def windowed(backend: str) -> Callable[[], torch.Tensor]:
+        window = WindowAttention(options.heads, options.window).to(device, dtype).requires_grad_(False)
+        window.backend = backend
+        run, grid = linear(backend), most_square_grid(tokens)
+        return lambda: window(run(), query, key, value, grid, None, None)[0]
+
     found: dict[str, Callable[[], object]] = {}
     if not options.no_sdpa:
         found["sdpa"] = timed(softmax, heads_first=True)
@@ -125,6 +135,8 @@ def variants(options: argparse.Namespace, tokens: int) -> dict[str, Callable[[],
             if maps:
                 learned = (*maps["query_map"], *maps["key_map"])
                 found[f"linear:{backend}+maps"] = timed(linear(backend, maps), False, learned)
+            if options.window:
+                found[f"linear:{backend}+windows"] = timed(windowed(backend), heads_first=False)
     if device.type == "cuda" and not (options.no_public or options.backward):
         for name, forward in public_variants(query, key, value).items():
             found[name] = timed(forward, heads_first=False)

@@ -33,7 +33,8 @@ operator() { # heads head_dim tokens...
   local heads=$1 head_dim=$2
   shift 2
   step "operator_h${heads}d${head_dim}" "$python" -m eval.bench_operator --device cuda --dtype bfloat16 --batch 2 \
-    --heads "$heads" --head_dim "$head_dim" --kernel_size 5 --tokens "$@" --json "$output/operator_h${heads}d${head_dim}.json"
+    --heads "$heads" --head_dim "$head_dim" --kernel_size 5 --feature_maps --window 8 --tokens "$@" \
+    --json "$output/operator_h${heads}d${head_dim}.json"
 }
 
 for part in $steps; do
@@ -55,6 +56,10 @@ for part in $steps; do
       for arch in sd15 sdxl pixart; do
         step "throughput_$arch" "$python" -m eval throughput --arch "$arch" --sizes 1024 2048 4096 --dtype bfloat16 \
           --fewer --rounds 5 --device cuda --offline --json "$output/throughput_$arch.json" --plot "$output/throughput_$arch.png"
+      done
+      for window in 0 8; do # joint attention, without and with windows
+        step "throughput_sd3_window$window" "$python" -m eval throughput --arch sd3 --sizes 1024 2048 --dtype bfloat16 \
+          --window "$window" --fewer --rounds 5 --device cuda --offline --json "$output/throughput_sd3_window$window.json"
       done
       ;;
     train)

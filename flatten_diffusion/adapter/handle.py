@@ -320,6 +320,8 @@ class Adapter:
         if not _runs(attn):
             return f"its processor was replaced by {type(attn.processor).__name__} after the conversion"
         text = self.config.mixer
+        if self.config.window:
+            text += f" beyond windows of {self.config.window}"
         if layer.place != "alone":
             text += f" within the picture, softmax to and from other tokens ({self.config.joint})"
         if getattr(attn, MIXER).uses_grid:

@@ -187,6 +187,7 @@ def test_windows_live_with_the_adapter(name, tmp_path):
         adapter = _convert(tiny, window=2)
         assert plain.layers == adapter.layers
         assert all(mixer.window is not None and mixer.window.size == 2 for _, mixer in adapter.mixers())
+        assert all("focused_linear beyond windows of 2" in row.reason for row in adapter.report().converted)
         nearer = (tiny() - native).square().sum() < (without - native).square().sum()
         stir(adapter)
         converted, turned = tiny(), tiny(**tiny.turn)

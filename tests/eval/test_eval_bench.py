@@ -124,16 +124,19 @@ def test_a_conversion_that_misses_is_said(
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_operator_with_feature_maps(backward: bool) -> None:
+def test_the_operator_with_feature_maps_and_windows(backward: bool) -> None:
     settings = ["--device", "cpu", "--no_sdpa", "--feature_maps", "--rounds", "1", "--warmup", "1", "--head_dim", "8"]
-    measured = bench_operator.parse_arguments(settings + ["--backward"] * backward)
+    measured = bench_operator.parse_arguments([*settings, "--window", "4"] + ["--backward"] * backward)
     row = bench_operator.measure(measured, 64)
-    assert set(row["variants"]) == {"linear:eager", "linear:eager+maps"} and not row["failures"]
-    mapped, plain = (bench_operator.variants(measured, 64)[f"linear:eager{end}"]() for end in ("+maps", ""))
+    assert set(row["variants"]) == {f"linear:eager{end}" for end in ("", "+maps", "+windows")} and not row["failures"]
+    functions = bench_operator.variants(measured, 64)
+    mapped, plain, windowed = (functions[f"linear:eager{end}"]() for end in ("+maps", "", "+windows"))
     if backward:
         assert [gradient.shape for gradient in mapped[3:]] == [(8, 8, 8), (8, 8), (8, 8, 8), (8, 8)]
+        assert not torch.equal(windowed[0], plain[0])
     else:
-        assert mapped.shape == plain.shape and not torch.equal(mapped, plain)
+        assert mapped.shape == windowed.shape == plain.shape
+        assert not torch.equal(mapped, plain) and not torch.equal(windowed, plain)
 
 
 def test_other_packages_are_named_with_the_reason_they_are_missing() -> None:
