@@ -63,6 +63,24 @@ def test_small_calls_are_bit_equal_and_large_ones_linear(timings):
         assert torch.equal(tiny(), native)
 
 
+@pytest.mark.parametrize("joint", [None, "shared_normalizer"])
+def test_windows_are_timed_as_they_run(timings, joint, monkeypatch):
+    from flatten_diffusion.mixers import MixerSpec, WindowAttention
+
+    joined = []
+    forward = WindowAttention.forward
+    monkeypatch.setattr(WindowAttention, "forward", lambda self, *a: joined.append(self.size) or forward(self, *a))
+    found = {
+        window: layers.softmax_below_on(
+            torch.device("cpu"), torch.float32, "focused_linear", MixerSpec(2, 8, joint=joint, window=window)
+        )
+        for window in (0, 4)
+    }
+    assert set(joined) == {4} and all(100 < tokens < 160 for tokens in found.values())
+    kept = crossover.cache_file().read_text(encoding="utf-8")
+    assert kept.count("windows of 4") == 1 and len(json.loads(kept)) > 0
+
+
 def test_another_dtype_is_looked_up_again(timings):
     tiny = build("sd15")
     adapter = linearize(tiny.model, AdapterConfig(min_tokens="auto"))
