@@ -422,6 +422,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=16)
     parser.add_argument("--transfer_steps", type=int, default=60)
     parser.add_argument("--max_train_steps", type=int, default=60, help="of finetune")
+    parser.add_argument("--evaluation_batches", type=int, default=8, help="of held-out noise draws per measurement")
     parser.add_argument("--transfer_learning_rate", type=float, default=3e-3)
     parser.add_argument("--learning_rate", type=float, default=4e-4, help="of finetune")
     parser.add_argument("--train_precision", choices=("bf16", "float32"), default="bf16", help="of that training only")
