@@ -87,6 +87,8 @@ class LayerCall:
         """What the mixer's `window` and `joint` are given in `student()`, sample by sample where the layer runs so
         (Mochi); empty where there is neither, or this call stays softmax."""
         window, joint = self.mixer.window, self.mixer.joint
+        if window is None and joint is None:
+            return []
         pictures: list[tuple[Any, ...]] = []
         scales: list[float | None] = []
         others: list[tuple[Any, ...]] = []
@@ -101,9 +103,6 @@ class LayerCall:
                     scales.append(args[7])
 
             handles.append(joint.register_forward_pre_hook(keep))
-        if len(handles) == 1:
-            handles[0].remove()
-            return []
         self._run_student(handles)
         others = others or [(None, None, None)] * len(pictures)
         inputs = []

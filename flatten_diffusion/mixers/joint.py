@@ -102,9 +102,7 @@ class SharedNormalizer(JointAttention):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self.gain is not None:
-            log_count, average, spread = estimate_log_mass(query, picture_key, picture_mask, scale)
-            gain = 1 + self.gain.to(average.dtype)
-            log_mass = log_count + gain[:, 0] * average + gain[:, 1] * spread
+            log_mass = corrected_mass(*estimate_log_mass(query, picture_key, picture_mask, scale), self.gain)
         assert log_mass is not None, "a form that does not estimate is given the mass"
         return softmax_with_sink(query, key, value, mask, scale, log_mass + self.bias.to(log_mass.dtype))
 
@@ -188,6 +186,14 @@ def estimate_log_mass(
     average = (queries.to(dtype) @ mean.unsqueeze(-1)).squeeze(-1) * scale
     log_count = log_count[:, None, None]
     return log_count, average.transpose(1, 2), spread_of(variance, log_count).transpose(1, 2)
+
+
+def corrected_mass(
+    log_count: torch.Tensor, average: torch.Tensor, spread: torch.Tensor, gain: torch.Tensor
+) -> torch.Tensor:
+    """log n + (1 + gain_h0) a + (1 + gain_h1) b of `SharedNormalizer` and `WindowAttention`, [B, N, H]."""
+    gain = 1 + gain.to(average.dtype)
+    return log_count + gain[:, 0] * average + gain[:, 1] * spread
 
 
 def softmax_with_sink(

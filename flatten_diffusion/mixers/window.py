@@ -12,7 +12,7 @@ from torch import nn
 from ..ops import call_dtype
 from ..ops.windows import NO_KEY, fits, from_windows, join_far, join_windows, windows_of
 from .grid import Grid, pictures_of
-from .joint import estimate_log_mass, softmax_with_sink
+from .joint import corrected_mass, estimate_log_mass, softmax_with_sink
 
 
 class WindowAttention(nn.Module):
@@ -66,9 +66,8 @@ class WindowAttention(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, grid: Grid, mask: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
         """log Z_far, [B, N, H]."""
-        log_count, average, spread = self.far_features(query, key, grid, mask, scale)
-        gain = 1 + self.gain.to(average.dtype)
-        return log_count + gain[:, 0] * average + gain[:, 1] * spread + self.bias.to(average.dtype)
+        log_mass = corrected_mass(*self.far_features(query, key, grid, mask, scale), self.gain)
+        return log_mass + self.bias.to(log_mass.dtype)
 
     def far_features(
         self, query: torch.Tensor, key: torch.Tensor, grid: Grid, mask: torch.Tensor | None, scale: float

@@ -103,7 +103,7 @@ def test_small_blocks_are_the_same_as_large_ones(monkeypatch):
     with torch.no_grad():
         expected = window(mixed, query, key, value, grid, mask, None)
         for elements in (1, 300, 1000):
-            monkeypatch.setattr("flatten_diffusion.ops.windows.partition.CPU_BLOCK_ELEMENTS", elements)
+            monkeypatch.setattr("flatten_diffusion.ops.focused_linear.eager.CPU_BLOCK_ELEMENTS", elements)
             for ours, whole in zip(window(mixed, query, key, value, grid, mask, None), expected, strict=True):
                 torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-5)
 
@@ -114,7 +114,7 @@ def test_moments_in_blocks_are_those_of_plain_torch(masked, monkeypatch):
     query, key = (torch.randn(2, n, 3, 7, generator=generator, dtype=torch.float64) * 2 + 1 for n in (37, 53))
     mask = torch.rand(2, 53, generator=generator) > 0.4 if masked else None
     poisoned = key if mask is None else key.masked_fill(~mask[:, :, None, None], float("nan"))
-    monkeypatch.setattr("flatten_diffusion.ops.windows.partition.CPU_BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr("flatten_diffusion.ops.focused_linear.eager.CPU_BLOCK_ELEMENTS", 200)
     expected = estimate_log_mass(query, key, mask, 0.4)  # with gradients enabled: plain torch
     with torch.no_grad():
         ours = estimate_log_mass(query, poisoned, mask, 0.4)
@@ -183,7 +183,7 @@ def test_gradients_are_those_of_the_formula(grid):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("grid", "size"), GRIDS)
 def test_the_written_out_gradient_is_that_of_plain_torch(grid, size, masked, monkeypatch):
-    monkeypatch.setattr("flatten_diffusion.ops.windows.partition.CPU_BLOCK_ELEMENTS", 500)
+    monkeypatch.setattr("flatten_diffusion.ops.focused_linear.eager.CPU_BLOCK_ELEMENTS", 500)
     tensors = [x.requires_grad_() for x in _tensors(grid)]
     query, key, value, mixed = tensors
     mask = torch.rand(key.shape[:2], generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None

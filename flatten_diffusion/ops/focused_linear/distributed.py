@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from . import eager
 from .dispatch import call_dtype, check_arguments, resolve_backend
-from .reference import HeadMap, compute_dtype, of_every_head
+from .reference import HeadMap, compute_dtype, head_map_of, of_every_head
 
 
 def even_rows(height: int, processes: int) -> tuple[int, ...]:
@@ -205,9 +205,8 @@ def _by_kind(
 ) -> tuple[torch.Tensor | None, HeadMap | None, HeadMap | None, torch.Tensor | None, torch.Tensor | None]:
     """scale, query_map, key_map, conv_weight and conv_bias."""
     scale, query_weight, query_bias, key_weight, key_bias, conv_weight, conv_bias = parameters
-    query_map = None if query_weight is None or query_bias is None else (query_weight, query_bias)
-    key_map = None if key_weight is None or key_bias is None else (key_weight, key_bias)
-    return scale, query_map, key_map, conv_weight, conv_bias
+    maps = head_map_of(query_weight, query_bias), head_map_of(key_weight, key_bias)
+    return scale, *maps, conv_weight, conv_bias
 
 
 def _sum_over_processes(group: dist.ProcessGroup | None, *tensors: torch.Tensor) -> list[torch.Tensor]:

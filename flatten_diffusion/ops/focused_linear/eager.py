@@ -141,10 +141,10 @@ def key_state(
     mean_key = key.new_zeros((batch, heads, head_dim), dtype=count.dtype)
     for sample in range(batch):
         weights = _key_weights(key, key_mask, count, sample)
-        for start, stop in _blocks(key):
+        for start, stop in token_blocks(key):
             mapped = _map(key[sample, start:stop], entry, power, _keep(key_mask, sample, start, stop))
             weighted = mapped.powered.mul_(mapped.ratio * weights[start:stop])
-            values = _values(value, key_mask, sample, start, stop)
+            values = kept_tokens(value, key_mask, sample, start, stop)
             state[sample].baddbmm_(_by_head(weighted, heads).transpose(1, 2), values.transpose(0, 1))
             mean_key[sample] += weighted.sum(dim=0).view(heads, head_dim)
     return state, mean_key
@@ -176,7 +176,7 @@ def query_output(
         sample_bias = bias
         if bias is not None and key_mask is not None:
             sample_bias = bias * (count[sample] > 0)
-        for start, stop in _blocks(query, row):
+        for start, stop in token_blocks(query, row):
             mapped = _map(query[sample, start:stop], entry, power)
             # The normaliser divides the features, not the product, which then needs no pass of its own.
             features = mapped.powered.view(-1, heads, head_dim)
@@ -212,7 +212,7 @@ def query_backward(
     grad_state = torch.zeros_like(state)
     grad_mean = torch.zeros_like(mean_key)
     for sample in range(batch):
-        for start, stop in _blocks(query):
+        for start, stop in token_blocks(query):
             mapped = _map(query[sample, start:stop], entry, power)
             product, normalizer = _attend(mapped, state[sample], mean_key[sample])
             # Both were divided by the query's ratio, so the ratio cancels in everything but the query's own gradient.
@@ -250,10 +250,10 @@ def key_backward(
     grad_value = value.new_empty(value.shape)
     for sample in range(batch):
         weights = _key_weights(key, key_mask, count, sample)
-        for start, stop in _blocks(key):
+        for start, stop in token_blocks(key):
             keep = _keep(key_mask, sample, start, stop)
             mapped = _map(key[sample, start:stop], entry, power, keep)
-            values = _values(value, key_mask, sample, start, stop)
+            values = kept_tokens(value, key_mask, sample, start, stop)
             grad_map = _to_tokens(torch.bmm(values.transpose(0, 1), grad_state[sample].transpose(1, 2)))
             grad_map.view_as(values).add_(grad_mean[sample])
             grad_map.mul_(weights[start:stop])
@@ -285,7 +285,7 @@ def convolution_backward(
     grad_kernel = torch.zeros_like(kernel)
     grad_bias = value.new_zeros((heads, head_dim), dtype=dtype)
     for sample in range(value.shape[0]):
-        for start, stop in _blocks(value, row):
+        for start, stop in token_blocks(value, row):
             first, last = start // row, stop // row
             grads = _stripe(grad_output, None, sample, first, last, grid, kernel.shape[-1])
             backed = _convolve(grads, flipped, None).view(stop - start, heads, head_dim)
@@ -429,7 +429,7 @@ def _key_weights(key: torch.Tensor, key_mask: torch.Tensor | None, count: torch.
     return (key_mask[sample] * inverse).unsqueeze(-1)
 
 
-def _values(value: torch.Tensor, key_mask: torch.Tensor | None, sample: int, start: int, stop: int) -> torch.Tensor:
+def kept_tokens(value: torch.Tensor, key_mask: torch.Tensor | None, sample: int, start: int, stop: int) -> torch.Tensor:
     """Tokens start..stop of a sample, [n, H, D] in the compute dtype, masked ones zero; a view where that is enough."""
     return _kept(value[sample, start:stop].to(compute_dtype(value.dtype)), _keep(key_mask, sample, start, stop))
 
@@ -456,7 +456,7 @@ def _stripe(
     height, width = grid
     pad = kernel_size // 2
     top, bottom = max(first - pad, 0), min(last + pad, height)
-    rows = _values(value, key_mask, sample, top * width, bottom * width).reshape(1, bottom - top, width, -1)
+    rows = kept_tokens(value, key_mask, sample, top * width, bottom * width).reshape(1, bottom - top, width, -1)
     above, below = top - (first - pad), last + pad - bottom
     if above or below:
         rows = F.pad(rows, (0, 0, 0, 0, above, below))
@@ -469,11 +469,15 @@ def _convolve(rows: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | Non
     return convolved.permute(0, 2, 3, 1).reshape(-1, rows.shape[1])
 
 
-def _blocks(x: torch.Tensor, row: int = 1) -> list[tuple[int, int]]:
+def block_elements(x: torch.Tensor) -> int:
+    """Entries of a block on the device of x."""
+    return CPU_BLOCK_ELEMENTS * torch.get_num_threads() if x.device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
+
+
+def token_blocks(x: torch.Tensor, row: int = 1) -> list[tuple[int, int]]:
     """Ranges that cover the tokens of x [B, N, H, D]: whole rows, at least one, of about a block's entries."""
     tokens, channels = x.shape[1], x.shape[2] * x.shape[3]
-    limit = CPU_BLOCK_ELEMENTS * torch.get_num_threads() if x.device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
-    step = max(limit // channels // row, 1) * row
+    step = max(block_elements(x) // channels // row, 1) * row
     return [(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 

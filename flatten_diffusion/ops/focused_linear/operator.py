@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import eager
-from .reference import HeadMap
+from .reference import HeadMap, head_map_of
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? scale, Tensor? query_weight, Tensor? query_bias, "
@@ -46,8 +46,9 @@ def focused_linear(
     """Output [B, N, H, D], state [B, H, D, D] and mean key [B, H, D]; the last two are what the backward reuses."""
     run = _triton().forward if kernel == "triton" else eager.forward
     return run(
-        query, key, value, _dense(scale), _head_map(query_weight, query_bias), _head_map(key_weight, key_bias),
-        _dense(conv_weight), _dense(conv_bias), key_mask, power, _pair(grid),
+        query, key, value, _dense(scale), head_map_of(_dense(query_weight), _dense(query_bias)),
+        head_map_of(_dense(key_weight), _dense(key_bias)), _dense(conv_weight), _dense(conv_bias), key_mask, power,
+        _pair(grid),
     )  # fmt: skip
 
 
@@ -109,9 +110,9 @@ def focused_linear_backward(
     # Called under autocast too, which would undo the float32 accumulation.
     with torch.autocast(query.device.type, enabled=False):
         grads = run(
-            grad_output, query, key, value, _dense(scale), _head_map(query_weight, query_bias),
-            _head_map(key_weight, key_bias), _dense(conv_weight), _dense(conv_bias), key_mask, state, mean_key, power,
-            _pair(grid), weight_needs_grad,
+            grad_output, query, key, value, _dense(scale), head_map_of(_dense(query_weight), _dense(query_bias)),
+            head_map_of(_dense(key_weight), _dense(key_bias)), _dense(conv_weight), _dense(conv_bias), key_mask, state,
+            mean_key, power, _pair(grid), weight_needs_grad,
         )  # fmt: skip
     return [query.new_empty(0) if grad is None else grad for grad in grads]
 
@@ -169,10 +170,6 @@ def _triton() -> ModuleType:
 def _dense(parameter: torch.Tensor | None) -> torch.Tensor | None:
     """A small learned parameter as the kernels index it."""
     return None if parameter is None else parameter.contiguous()
-
-
-def _head_map(weight: torch.Tensor | None, bias: torch.Tensor | None) -> HeadMap | None:
-    return None if weight is None or bias is None else (weight.contiguous(), bias.contiguous())
 
 
 def _pair(grid: list[int]) -> tuple[int, int]:

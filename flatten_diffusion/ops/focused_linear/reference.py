@@ -31,6 +31,11 @@ def positive_power(x: torch.Tensor, factor: float) -> torch.Tensor:
     return x.pow(factor)
 
 
+def head_map_of(weight: torch.Tensor | None, bias: torch.Tensor | None) -> HeadMap | None:
+    """The map of a weight and a bias that are both there or both absent."""
+    return None if weight is None or bias is None else (weight, bias)
+
+
 def map_heads(x: torch.Tensor, head_map: HeadMap | None) -> torch.Tensor:
     """[B, N, H, D] -> x @ weight + bias per head, in the dtype of x; x itself where there is no map."""
     if head_map is None:

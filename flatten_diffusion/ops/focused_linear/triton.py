@@ -84,12 +84,8 @@ class _Launch:
         return {"WHOLE": whole, "HAS_SCALE": self.scale is not None}
 
     @property
-    def precision(self) -> str:
-        return "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "ieee"
-
-    @property
     def product(self) -> dict[str, int | str]:
-        return {"BLOCK_E": self.block_e, "PRECISION": self.precision, "num_stages": self.stages}
+        return {"BLOCK_E": self.block_e, "PRECISION": precision(), "num_stages": self.stages}
 
     def chunks(self, tokens: int) -> tuple[int, int]:
         """(tokens per chunk, chunks): enough programs to fill the device, at least a few blocks each."""
@@ -179,11 +175,11 @@ def backward(
         grad_query, scale_sums_query, sums, vector_sums, splits = _query_backward(
             launch, grad_output, _mapped(query, query_map), means, mean_key
         )
-        grad_query, *grad_query_map = _map_backward(grad_query, query, query_map, None)
+        grad_query, grad_query_map = _map_backward(grad_query, query, query_map, None)
         grad_key, grad_value, scale_sums_key = _key_backward(
             launch, grad_output, _mapped(key, key_map), value, mean_key, sums, vector_sums, splits, conv_weight, grid
         )
-        grad_key, *grad_key_map = _map_backward(grad_key, key, key_map, key_mask)
+        grad_key, grad_key_map = _map_backward(grad_key, key, key_map, key_mask)
         grad_scale = None
         if scale is not None:
             grad_scale = (scale_sums_query.sum(dim=(0, 1)) + scale_sums_key.sum(dim=(0, 1))).flatten().to(scale.dtype)
@@ -212,9 +208,9 @@ def query_backward(
         grad_query, scale_sums, sums, vector_sums, _ = _query_backward(
             launch, grad_output, _mapped(query, query_map), means, mean_key
         )
-        grad_query, *grad_map = _map_backward(grad_query, query, query_map, None)
+        grad_query, grad_map = _map_backward(grad_query, query, query_map, None)
         shares = scale_sums.sum(dim=(0, 1)).flatten()
-        return grad_query, (grad_map[0], grad_map[1]), shares, sums.sum(dim=0), vector_sums.sum(dim=0)
+        return grad_query, grad_map, shares, sums.sum(dim=0), vector_sums.sum(dim=0)
 
 
 def key_backward(
@@ -240,10 +236,10 @@ def key_backward(
             launch, grad_output, _mapped(key, key_map), value, mean_key, sums[None], vector_sums[None], 1, conv_weight,
             grid,
         )  # fmt: skip
-        grad_key, *grad_map = _map_backward(grad_key, key, key_map, key_mask)
+        grad_key, grad_map = _map_backward(grad_key, key, key_map, key_mask)
         grad_convolution = _convolution_backward(launch, grad_output, value, conv_weight, conv_bias, grid)
         shares = scale_sums.sum(dim=(0, 1)).flatten()
-        return grad_key, grad_value, shares, (grad_map[0], grad_map[1]), grad_convolution
+        return grad_key, grad_value, shares, grad_map, grad_convolution
 
 
 def _query_backward(
@@ -432,10 +428,10 @@ def _mapped(x: torch.Tensor, head_map: HeadMap | None) -> torch.Tensor:
 
 def _map_backward(
     grad: torch.Tensor, x: torch.Tensor, head_map: HeadMap | None, key_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, OptionalPair]:
     """`grad` [B, N, H, D] of the mapped x -> gradients of x and of the map's weight and bias."""
     if head_map is None:
-        return grad, None, None
+        return grad, (None, None)
     weight, bias = head_map
     if key_mask is not None:
         x = x.masked_fill(~key_mask[:, :, None, None], 0.0)  # its gradient is zero, but zero times NaN is NaN
@@ -443,7 +439,7 @@ def _map_backward(
     grad_weight = torch.bmm(x.flatten(0, 1).permute(1, 2, 0), by_head)
     grad_bias = grad.sum(dim=(0, 1), dtype=torch.float32)
     grad_x = torch.bmm(by_head, weight.to(x.dtype).transpose(1, 2)).transpose(0, 1).unflatten(0, x.shape[:2])
-    return grad_x.contiguous(), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    return grad_x.contiguous(), (grad_weight.to(weight.dtype), grad_bias.to(bias.dtype))
 
 
 def _map_arguments(head_map: HeadMap | None, unused: torch.Tensor) -> dict[str, torch.Tensor | bool]:
@@ -463,7 +459,7 @@ def _lengths(
         block_n, options = launch.block_n, {"num_stages": 2}
     kernels.statistics_kernel[(batch, triton.cdiv(tokens, block_n))](
         x, _or(launch.scale, x), _or(key_mask, x), lengths, tokens, heads, x.stride(0), launch.power,
-        HAS_MASK=key_mask is not None, BLOCK_N=block_n, PRECISION=launch.precision, **_map_arguments(head_map, x),
+        HAS_MASK=key_mask is not None, BLOCK_N=block_n, PRECISION=precision(), **_map_arguments(head_map, x),
         SN=x.stride(1), SH=x.stride(2), SD=x.stride(3), **launch.mapping, **launch.shared, **options,
     )  # fmt: skip
     return lengths
@@ -506,6 +502,11 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETER_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def precision() -> str:
+    """How the kernels multiply, see `_dot` there."""
+    return "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "ieee"
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:

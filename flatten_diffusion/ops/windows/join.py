@@ -7,7 +7,7 @@ query, key, value, what is joined, and the output; the backward pass recomputes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,20 +50,40 @@ def join_windows(
         if triton.fits_kernel(query, size):
             return triton.join(mixed, query, key, value, pictures, size, key_mask, scale, gain, bias, moments, NO_KEY)
     log_count = moments.number.log()
+
+    def estimate(sample: int, block: Block, rows: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+        own = (part[sample] for part in (moments.mean, moments.covariance, log_count))
+        average, spread = moments_of_rows(rows.flatten(1, 2), *own)
+        log_far = average.mul_(gain[:, :1]).addcmul_(spread, gain[:, 1:]).add_(bias[:, None]).view(rows.shape[:3])
+        near = rows.shape[2] if keep is None else keep.sum(dim=1, keepdim=True)
+        return log_far.add_((moments.number[sample] - near).clamp(min=NO_KEY).log())
+
+    return _join(mixed, query, key, value, estimate, pictures, size, key_mask, scale)
+
+
+def _join(
+    mixed: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_far: Callable[[int, Block, torch.Tensor, torch.Tensor | None], torch.Tensor],
+    pictures: Sequence[Picture],
+    size: int,
+    key_mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log mass, block by block; `log_far` of a sample's block, given its scaled queries [H, W, t, D] and the
+    mask of its keys, is [H, W, t]."""
+    dtype = compute_dtype(query.dtype)
     output = query.new_empty(query.shape)
     log_mass = query.new_empty(query.shape[:3], dtype=dtype)
     for sample in range(query.shape[0]):
         for block in blocks(pictures, size, query):
             queries = block.take(query, sample, dtype).mul_(scale)
             keys, values = (block.take(x, sample, dtype) for x in (key, value))
-            rows = queries.flatten(1, 2)
-            average, spread = moments_of_rows(rows, moments.mean[sample], moments.covariance[sample], log_count[sample])
-            log_far = average.mul_(gain[:, :1]).addcmul_(spread, gain[:, 1:]).add_(bias[:, None])
-            log_far = log_far.view(queries.shape[:3])
             keep = _mask(block, key_mask, sample, keys, values)
-            near = keys.shape[2] if keep is None else keep.sum(dim=1, keepdim=True)
-            log_far += (moments.number[sample] - near).clamp(min=NO_KEY).log()
-            attended, mass = _attend(queries, keys, values, keep, log_far, block.take(mixed, sample, dtype))
+            far = log_far(sample, block, queries, keep)
+            attended, mass = _attend(queries, keys, values, keep, far, block.take(mixed, sample, dtype))
             block.put(output, sample, attended)
             block.put(log_mass.unsqueeze(-1), sample, mass)
     return output, log_mass
@@ -126,18 +146,10 @@ class _JoinFar(torch.autograd.Function):
         key_mask: torch.Tensor | None,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = compute_dtype(query.dtype)
-        output = query.new_empty(query.shape)
-        log_mass = query.new_empty(query.shape[:3], dtype=dtype)
-        for sample in range(query.shape[0]):
-            for block in blocks(pictures, size, query):
-                queries = block.take(query, sample, dtype).mul_(scale)
-                keys, values = (block.take(x, sample, dtype) for x in (key, value))
-                keep = _mask(block, key_mask, sample, keys, values)
-                far = block.take(log_far.unsqueeze(-1), sample, dtype).squeeze(-1)
-                attended, mass = _attend(queries, keys, values, keep, far, block.take(mixed, sample, dtype))
-                block.put(output, sample, attended)
-                block.put(log_mass.unsqueeze(-1), sample, mass)
+        def given(sample: int, block: Block, rows: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+            return block.take(log_far.unsqueeze(-1), sample, rows.dtype).squeeze(-1)
+
+        output, log_mass = _join(mixed, query, key, value, given, pictures, size, key_mask, scale)
         ctx.save_for_backward(mixed, query, key, value, log_far, key_mask, output, log_mass)
         ctx.pictures, ctx.size, ctx.scale = pictures, size, scale
         return output, log_mass

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..focused_linear.eager import kept_tokens, key_count, token_blocks
 from ..focused_linear.reference import compute_dtype
-from .partition import block_elements
 
 
 class KeyMoments(NamedTuple):
@@ -24,31 +24,21 @@ def key_moments(key: torch.Tensor, key_mask: torch.Tensor | None) -> KeyMoments:
 
     Masked keys may hold anything. A sample without any key has zero moments and counts one.
     """
-    batch, tokens, heads, head_dim = key.shape
+    batch, _, heads, head_dim = key.shape
     dtype = compute_dtype(key.dtype)
     mean = key.new_zeros((batch, heads, head_dim), dtype=dtype)
     covariance = key.new_zeros((batch, heads, head_dim, head_dim), dtype=dtype)
-    if key_mask is None:
-        count = key.new_full((batch,), tokens, dtype=dtype)
-    else:
-        count = key_mask.sum(dim=1, dtype=dtype).clamp(min=1)
-    step = max(block_elements(key) // (heads * head_dim), 1)
+    count = key_count(key, key_mask).clamp(min=1)
     for sample in range(batch):
-        for pass_over in ("mean", "covariance"):
-            for start in range(0, tokens, step):
-                rows = key[sample, start : start + step].to(dtype)
-                if key_mask is not None:
-                    rows = rows.masked_fill(~key_mask[sample, start : start + step, None, None], 0.0)
-                if pass_over == "mean":
-                    mean[sample] += rows.sum(dim=0)
-                    continue
-                # Centred before the product: nothing is lost beside a large mean.
-                rows = (rows - mean[sample]).transpose(0, 1)
-                if key_mask is not None:
-                    rows = rows * key_mask[sample, start : start + step, None]
-                covariance[sample].baddbmm_(rows.transpose(1, 2), rows)
-            if pass_over == "mean":
-                mean[sample] /= count[sample]
+        for start, stop in token_blocks(key):
+            mean[sample] += kept_tokens(key, key_mask, sample, start, stop).sum(dim=0)
+        mean[sample] /= count[sample]
+        for start, stop in token_blocks(key):
+            # Centred before the product: nothing is lost beside a large mean.
+            rows = (kept_tokens(key, key_mask, sample, start, stop) - mean[sample]).transpose(0, 1)
+            if key_mask is not None:
+                rows = rows * key_mask[sample, start:stop, None]
+            covariance[sample].baddbmm_(rows.transpose(1, 2), rows)
         covariance[sample] /= count[sample]
     return KeyMoments(count, mean, covariance)
 
@@ -59,17 +49,16 @@ def score_moments(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log of the number of keys [B, 1, 1], mean and spread of each query's scores, [B, N, H] each: see
     `flatten_diffusion.mixers.joint.estimate_log_mass`."""
-    batch, tokens, heads, head_dim = query.shape
+    batch, tokens, heads, _ = query.shape
     dtype = moments.mean.dtype
     log_count = moments.number.log()
     average, spread = (query.new_empty((batch, tokens, heads), dtype=dtype) for _ in range(2))
-    step = max(block_elements(query) // (heads * head_dim), 1)
     for sample in range(batch):
-        for start in range(0, tokens, step):
-            rows = query[sample, start : start + step].to(dtype).transpose(0, 1) * scale
+        for start, stop in token_blocks(query):
+            rows = query[sample, start:stop].to(dtype).transpose(0, 1) * scale
             parts = moments_of_rows(rows, moments.mean[sample], moments.covariance[sample], log_count[sample])
             for whole, part in zip((average, spread), parts, strict=True):
-                whole[sample, start : start + step] = part.T
+                whole[sample, start:stop] = part.T
     return log_count[:, None, None], average, spread
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..focused_linear.eager import ACCELERATOR_BLOCK_ELEMENTS, CPU_BLOCK_ELEMENTS
+from ..focused_linear.eager import block_elements
 
 Picture = tuple[int, int, int]
 """(frames, height, width) of tokens in row-major order."""
@@ -119,8 +119,3 @@ def _spans(length: int, size: int) -> list[tuple[int, int, int]]:
     whole = length // size * size
     spans = [(0, whole, size), (whole, length, length - whole)]
     return [span for span in spans if span[0] < span[1]]
-
-
-def block_elements(x: torch.Tensor) -> int:
-    """Entries of a block that stays in cache, or bounds the scratch on an accelerator."""
-    return CPU_BLOCK_ELEMENTS * torch.get_num_threads() if x.device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS

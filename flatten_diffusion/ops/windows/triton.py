@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..focused_linear.triton import _on as on_device
+from ..focused_linear.triton import _or, _strides, precision
 from ..focused_linear.triton_kernels import _dot, _load_tile, _load_vector
 
 MAX_WINDOW_TOKENS = 128
@@ -151,13 +151,7 @@ def join(
     covariance = (covariance / peak[..., None, None]).to(query.dtype)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     log_mass = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    mask = query if key_mask is None else key_mask.contiguous()
-    precision = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "ieee"
-    strides = {
-        f"{name}{axis}": x.stride(dim)
-        for name, x in (("M", mixed), ("Q", query), ("K", key), ("V", value))
-        for dim, axis in ((1, "N"), (2, "H"), (3, "D"))
-    }
+    mask = _or(None if key_mask is None else key_mask.contiguous(), query)
     first = 0
     with on_device(query.device):
         for frames, height, width in pictures:
@@ -168,8 +162,9 @@ def join(
                 mixed.stride(0), query.stride(0), key.stride(0), value.stride(0), scale, no_key,
                 HAS_MASK=key_mask is not None, SIZE=size, HEAD_DIM=head_dim,
                 BLOCK_T=max(16, triton.next_power_of_2(size * size)),
-                BLOCK_D=max(16, triton.next_power_of_2(head_dim)), PRECISION=precision,
-                num_warps=4, num_stages=1, **strides,
+                BLOCK_D=max(16, triton.next_power_of_2(head_dim)), PRECISION=precision(),
+                num_warps=4, num_stages=1, **_strides("M", mixed), **_strides("Q", query),
+                **_strides("K", key), **_strides("V", value),
             )  # fmt: skip
             first += math.prod((frames, height, width))
     return output, log_mass
