@@ -161,6 +161,20 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--hub_model_id: {error}")
 
 
+def conversion_of(args: argparse.Namespace) -> AdapterConfig:
+    """The flags of the conversion. Raises ValueError for a value out of range."""
+    return AdapterConfig(
+        mixer=args.mixer,
+        focusing_factor=args.focusing_factor,
+        kernel_size=args.kernel_size,
+        window=args.window,
+        joint=args.joint,
+        min_tokens=args.min_tokens,
+        include=None if args.include is None else tuple(args.include),
+        exclude=tuple(args.exclude),
+    )
+
+
 def settings_of(args: argparse.Namespace) -> DistillSettings:
     """The flags that decide the result. Raises ValueError for a value out of range."""
     schedule = (args.lr_scheduler, args.lr_warmup_steps)
@@ -337,7 +351,7 @@ def publish(args: argparse.Namespace, adapter: Adapter, summary: dict[str, Any])
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     try:
-        settings = settings_of(args)
+        settings, config = settings_of(args), conversion_of(args)
         examples = list_examples(args)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -376,16 +390,6 @@ def main(arguments: list[str] | None = None) -> None:
         )
         held_out = args.num_eval_samples if args.num_eval_samples is not None else max(1, min(256, len(cache) // 10))
         train, evaluation = cache.split(held_out)
-        config = AdapterConfig(
-            mixer=args.mixer,
-            focusing_factor=args.focusing_factor,
-            kernel_size=args.kernel_size,
-            window=args.window,
-            joint=args.joint,
-            min_tokens=args.min_tokens,
-            include=None if args.include is None else tuple(args.include),
-            exclude=tuple(args.exclude),
-        )
         adapter = linearize(model, config)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error

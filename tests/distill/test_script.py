@@ -106,6 +106,8 @@ def test_killed_at_any_moment_and_resumed_is_bit_exact(workplace: Path) -> None:
         (["--stages", "calibrate,anneal"], "Unknown stage anneal"),
         (["--rank", "-1"], "--rank must be at least 0"),
         (["--caption_dropout", "3"], "caption_dropout is 3.0"),
+        (["--window", "1"], "window is 1"),
+        (["--kernel_size", "4"], "kernel_size is 4"),
     ],
 )
 def test_wrong_flags_are_one_line_before_anything_is_loaded(
