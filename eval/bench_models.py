@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from flatten_diffusion import AdapterConfig, linearize, restore
-from flatten_diffusion.ops.crossover import device_name
+from flatten_diffusion.models.timing import device_name
 
 from . import bench_operator
 from .architectures import ARCHITECTURES, build_model, make_inputs

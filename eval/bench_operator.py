@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatten_diffusion.mixers import WindowAttention
 from flatten_diffusion.ops import available_backends, focused_linear_attention
-from flatten_diffusion.ops.crossover import device_name
+from flatten_diffusion.models.timing import device_name
 
 from .files import write_json
 from .timing import seconds_of

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 
 import torch
 
-from flatten_diffusion.ops.crossover import device_name
+from flatten_diffusion.models.timing import device_name
 
 _PACKAGES = ("flatten-diffusion", "torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
 

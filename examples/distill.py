@@ -29,9 +29,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 
-from flatten_diffusion import AdapterConfig, linearize, list_mixers
-from flatten_diffusion.adapter import Adapter
-from flatten_diffusion.adapter.convert import resolve_model
+from flatten_diffusion import AdapterConfig, FocusedLinearConfig, linearize, list_mixers
+from flatten_diffusion.adapter import Adapter, resolve_model
 from flatten_diffusion.distill import (
     STAGES,
     CacheSettings,
@@ -52,7 +51,7 @@ from flatten_diffusion.distill.buckets import check_sizes, make_buckets, parse_s
 from flatten_diffusion.distill.checkpoint import list_checkpoints
 from flatten_diffusion.distill.conditioning import family_of
 from flatten_diffusion.distill.latents import pixels_per_token_step
-from flatten_diffusion.mixers import list_joints
+from flatten_diffusion.mixers import MixerConfig
 from flatten_diffusion.scenes.pipeline import PIPELINES, load_embedded
 
 logger = get_logger(__name__, log_level="INFO")
@@ -65,15 +64,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--revision", default=None)
     model.add_argument("--variant", default=None)
     model.add_argument("--mixer", default="focused_linear", choices=list_mixers())
-    model.add_argument("--kernel_size", type=int, default=5, help="of the depthwise convolution; 0 for none")
+    model.add_argument("--kernel_size", type=int, default=5, help="of focused_linear's convolution; 0 for none")
     model.add_argument(
         "--window",
         type=int,
         default=0,
         help="side, in tokens, of windows that stay softmax; 0 for none",
     )
-    model.add_argument("--focusing_factor", type=float, default=3.0, help="before calibration chooses")
-    model.add_argument("--joint", default=AdapterConfig.joint, choices=list_joints(), help="how picture and text share")
+    model.add_argument("--focusing_factor", type=float, default=3.0, help="of focused_linear, before calibration")
     model.add_argument("--min_tokens", type=int, default=0, help="calls with fewer tokens stay softmax")
     model.add_argument("--include", nargs="*", default=None, help="patterns of the attention layers to convert")
     model.add_argument("--exclude", nargs="*", default=(), help="patterns of layers to leave alone")
@@ -161,14 +159,18 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--hub_model_id: {error}")
 
 
+def mixer_of(args: argparse.Namespace) -> MixerConfig | str:
+    """The mixer with the flags that are its own."""
+    if args.mixer == FocusedLinearConfig.name:
+        return FocusedLinearConfig(args.focusing_factor, args.kernel_size)
+    return str(args.mixer)
+
+
 def conversion_of(args: argparse.Namespace) -> AdapterConfig:
     """The flags of the conversion. Raises ValueError for a value out of range."""
     return AdapterConfig(
-        mixer=args.mixer,
-        focusing_factor=args.focusing_factor,
-        kernel_size=args.kernel_size,
+        mixer=mixer_of(args),
         window=args.window,
-        joint=args.joint,
         min_tokens=args.min_tokens,
         include=None if args.include is None else tuple(args.include),
         exclude=tuple(args.exclude),

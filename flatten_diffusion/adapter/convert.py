@@ -6,41 +6,40 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.utils import logging
 from torch import nn
 
-from ..mixers import PROJECTIONS, Mixer, MixerSpec, ProjectionDelta, create_mixer
+from ..mixers import LayerMixer
 from ..models import (
     AUTO,
     LAYER,
     MIXER,
+    AdapterAttnProcessor,
+    AutotuneHook,
     ConvertedLayer,
-    CrossoverHook,
+    EndHook,
     Finding,
     FocusedLinearAttnProcessor,
     GridHook,
-    Projection,
-    ReboundProcessor,
+    GuardHook,
+    Kind,
+    WrappedProcessor,
     find_projection,
     native_processor,
-    place_of,
-    rebind,
-    remove_crossover_hook,
     remove_hooks,
     softmax_below_on,
     stays_here,
     survey,
+    wrap,
 )
-from ..models.grid import GuardHook
+from .adapter import Adapter
 from .config import AdapterConfig
-from .handle import ADAPTER, OURS, Adapter
+from .handle import ADAPTER, OURS, build_layer, place_of
 
 logger = logging.get_logger(__name__)
 
 _CONVERTIBLE = (AttnProcessor2_0, FusedAttnProcessor2_0)
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def resolve_model(model_or_pipeline: Any) -> nn.Module:
@@ -101,7 +100,7 @@ def linearize(model_or_pipeline: Any, config: AdapterConfig | None = None) -> Ad
     check_unconverted(model, findings)
     chosen = _choose(model, findings, config)
     check_processors(chosen)
-    return attach(model, config, findings, build_mixers(chosen, config))
+    return attach(model, config, findings, build_layers(chosen, config))
 
 
 def restore(model_or_pipeline: Any) -> None:
@@ -119,24 +118,28 @@ def restore(model_or_pipeline: Any) -> None:
         ValueError: nothing to restore.
     """
     model = resolve_model(model_or_pipeline)
-    adapter: Adapter | None = model.__dict__.get(ADAPTER)
     findings = survey(model)
-    if adapter is None and not any(_is_ours(finding) for finding in findings):
+    if not _is_converted(model, findings):
         raise ValueError(f"This {type(model).__name__} is not converted: there is nothing to restore.")
-    originals: Mapping[str, Any] = {} if adapter is None else adapter.originals
+    adapter: Adapter | None = model.__dict__.get(ADAPTER)
     if adapter is not None:
-        _detach(model, adapter)
-    for finding in findings:
-        if _is_ours(finding):  # put there by set_attn_processor, on layers that the adapter left alone too
-            attn: Any = finding.attn
-            _set_processor(attn, originals[finding.name] if finding.name in originals else native_processor(attn))
+        adapter.unmerge()
+        adapter.forget()
+    replaced = _take_off(model, findings)
+    if replaced:
+        logger.warning(f"restore replaced processors that were set after the conversion: {', '.join(replaced)}.")
 
 
 def check_unconverted(model: nn.Module, findings: Sequence[Finding]) -> None:
     """Raise ValueError when any layer of the model runs this library's processor already."""
-    converted = ADAPTER in model.__dict__ or any(hasattr(f.attn, LAYER) for f in findings)
-    if converted or any(_is_ours(finding) for finding in findings):
+    if _is_converted(model, findings):
         raise ValueError(f"This {type(model).__name__} is converted already: call restore() on it first.")
+
+
+def _is_converted(model: nn.Module, findings: Sequence[Finding]) -> bool:
+    """Whether anything of a conversion is on the model, were it only half done."""
+    traces = any(hasattr(f.attn, LAYER) or hasattr(f.attn, MIXER) or _is_ours(f) for f in findings)
+    return traces or ADAPTER in model.__dict__
 
 
 def check_processors(chosen: Sequence[Finding]) -> None:
@@ -151,120 +154,83 @@ def check_processors(chosen: Sequence[Finding]) -> None:
                 "else replaced it), or exclude the layer."
             )
         if native:
-            rebind(attn.processor)  # raises when its source is of no use
+            wrap(attn.processor)  # raises when its source is of no use
         elif type(attn.processor) not in _CONVERTIBLE:
             raise ValueError(
                 f"{finding.name} runs {name}: put AttnProcessor2_0() back first (disable attention slicing, xFormers "
                 "or the custom processor), or exclude the layer."
             )
-        hook = getattr(_query(attn).module(attn), "_hf_hook", None)
+        query = find_projection(attn, "q")
+        hook = None if query is None else getattr(query.module(attn), "_hf_hook", None)
         if getattr(hook, "offload", False):
             raise ValueError(f"{finding.name} is offloaded layer by layer: convert before enabling sequential offload.")
 
 
-def _query(attn: nn.Module) -> Projection:
-    """The projection that tells a layer's device and dtype."""
-    query = find_projection(attn, "q")
-    assert query is not None, "every layer of a known family has a query projection"
-    return query
-
-
-def build_mixers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, Mixer]:
-    """A fresh mixer per layer, by name, on the layer's device and in its dtype; nothing is attached yet."""
-    mixers = {}
-    for finding in chosen:
-        attn: Any = finding.attn
-        weight = _query(attn).module(attn).weight
-        # Quantised and float8-stored weights do not tell the dtype that the layer computes in.
-        dtype = weight.dtype if weight.dtype in _FLOATS else _compute_dtype(attn)
-        power = config.focusing_factors.get(finding.name, config.focusing_factor)
-        joint = None if finding.place == "alone" else config.joint
-        mapped = finding.name in config.feature_maps
-        head_dim = attn.inner_dim // attn.heads
-        spec = MixerSpec(attn.heads, head_dim, power, config.kernel_size, joint, mapped, config.window)
-        mixer = create_mixer(config.mixer, spec, device=weight.device, dtype=dtype)
-        add_deltas(attn, mixer, config)
-        mixers[finding.name] = mixer
-    return mixers
-
-
-def add_deltas(attn: Any, mixer: Mixer, config: AdapterConfig) -> None:
-    """Give a mixer the projection deltas of `config` that it lacks; they add nothing yet.
-
-    A layer without such a projection of its own (Flux's single streams leave "out" to the block) goes without.
-    """
-    parameter = next(mixer.parameters(), None)
-    for name in config.deltas:
-        projection = find_projection(attn, name)
-        if name in mixer.deltas or projection is None:
-            continue
-        weight = projection.module(attn).weight if parameter is None else parameter
-        delta = ProjectionDelta(projection.in_features(attn), projection.out_features(attn), config.delta_rank)
-        mixer.deltas[name] = delta.to(device=weight.device, dtype=weight.dtype)
-    # Always in this order, whatever came first: parameter order decides rounding in sums over all of them.
-    mixer.deltas = nn.ModuleDict({name: mixer.deltas[name] for name in PROJECTIONS if name in mixer.deltas})
-
-
-def projection_of(attn: Any, name: str) -> Any:
-    """The linear module that holds the projection `name` (out of `PROJECTIONS`), LoRA around it included.
-
-    Raises:
-        ValueError: the layer has no such projection of its own.
-    """
-    projection = find_projection(attn, name)
-    if projection is None:
-        raise ValueError(f"{type(attn).__name__} has no {name} projection of its own.")
-    return projection.module(attn)
+def build_layers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, LayerMixer]:
+    """What each layer is to carry, by name; nothing is attached yet."""
+    return {f.name: build_layer(f.name, f.attn, f.place != "alone", config) for f in chosen}
 
 
 def attach(
     model: nn.Module,
     config: AdapterConfig,
     findings: Sequence[Finding],
-    mixers: Mapping[str, Mixer],
-    always_linear: Collection[str] = (),
+    layers: Mapping[str, LayerMixer],
+    always_converted: Collection[str] = (),
 ) -> Adapter:
-    """Put `mixers` on their layers and install processors and hooks. Everything was checked before: cannot fail.
+    """Put `layers` on their attention modules and install processors and hooks. Everything was checked before; where it
+    is interrupted all the same, the model is as it was.
 
-    `always_linear` names layers that are linear at every size although the config leaves that to measurement.
+    `always_converted` names layers that run their mixer at every size although the config leaves that to measurement.
     """
     if config.min_tokens == AUTO:  # timed here, before the model is touched; for `report` also where it decides nothing
-        for mixer in mixers.values():
-            if stays_here(place_of(mixer)[0]):
-                softmax_below_on(*place_of(mixer), config.mixer, mixer.spec)
-    plain = FocusedLinearAttnProcessor()
-    rebound: dict[int, ReboundProcessor] = {}
-    originals = {finding.name: finding.attn.processor for finding in findings}
-    layers: list[tuple[nn.Module, ConvertedLayer]] = []
+        for finding in findings:
+            if finding.name in layers and stays_here(place_of(finding.attn)[0]):
+                softmax_below_on(*place_of(finding.attn), Kind.of(layers[finding.name]))
+    try:
+        return _attach(model, config, [f for f in findings if f.name in layers], layers, always_converted)
+    except BaseException:
+        _take_off(model, findings)
+        raise
+
+
+def _attach(
+    model: nn.Module,
+    config: AdapterConfig,
+    findings: Sequence[Finding],
+    layers: Mapping[str, LayerMixer],
+    always_converted: Collection[str],
+) -> Adapter:
+    plain = AdapterAttnProcessor()
+    wrapped: dict[int, WrappedProcessor] = {}
+    states: list[tuple[nn.Module, ConvertedLayer]] = []
     hooked: dict[str, tuple[Finding, list[ConvertedLayer]]] = {}
+    min_tokens = config.min_tokens if isinstance(config.min_tokens, int) else 0
     for finding in findings:
-        if finding.name not in mixers:
-            continue
         attn = finding.attn
         native: Any = attn.processor
-        min_tokens = config.min_tokens if isinstance(config.min_tokens, int) else 0
-        layer = ConvertedLayer(finding.name, native, min_tokens, finding.place)
-        layer.auto = config.min_tokens == AUTO and finding.name not in always_linear
-        mixer = mixers[finding.name].train(attn.training)
-        attn.add_module(MIXER, mixer)
-        setattr(attn, LAYER, layer)
+        state = ConvertedLayer(finding.name, native, min_tokens, finding.place)
+        state.auto = config.min_tokens == AUTO and finding.name not in always_converted
+        setattr(attn, LAYER, state)
+        attn.add_module(MIXER, layers[finding.name].train(attn.training))
         if finding.family is not None and finding.family.native:
-            _set_processor(attn, rebound.setdefault(id(native), rebind(native)))
+            _set_processor(attn, wrapped.setdefault(id(native), wrap(native)))
         else:
             _set_processor(attn, plain)
-        layers.append((attn, layer))
-        # Without a convolution too: the hook is also what replays a layer's state under checkpointing.
+        states.append((attn, state))
+        # Without need of a grid too: the hook is also what replays a layer's state under checkpointing.
         if finding.family is not None and finding.family.read is not None:
-            hooked.setdefault(finding.owner_name, (finding, []))[1].append(layer)
+            hooked.setdefault(finding.owner_name, (finding, []))[1].append(state)
     for finding, below in hooked.values():
         assert finding.owner is not None and finding.family is not None and finding.family.read is not None
         hook = GridHook(finding.family.read, finding.argument_positions, below)
         finding.owner.register_forward_pre_hook(hook, with_kwargs=True)
-    model.register_forward_pre_hook(GuardHook(layers, OURS))
-    automatic = [(layer, mixers[layer.name]) for _, layer in layers if layer.auto]
+        finding.owner.register_forward_hook(EndHook(below))
+    model.register_forward_pre_hook(GuardHook(states, OURS))
+    automatic = [(state, layers[state.name], place_of(attn)) for attn, state in states if state.auto]
     if automatic:
-        model.register_forward_pre_hook(CrossoverHook(config.mixer, automatic), with_kwargs=True)
-    adapter = Adapter(model, config, dict(mixers), originals)
+        model.register_forward_pre_hook(AutotuneHook(automatic), with_kwargs=True)
+    adapter = Adapter(model, config, [finding.name for finding in findings])
     setattr(model, ADAPTER, adapter)
     return adapter
 
@@ -285,9 +251,9 @@ def _choose(model: nn.Module, findings: Sequence[Finding], config: AdapterConfig
             + ("; ".join(reasons) if reasons else "it has no attention layers")
             + "."
         )
-    unknown = sorted(set(config.focusing_factors) - {finding.name for finding in image})
+    unknown = sorted(set(config.overrides) - {finding.name for finding in image})
     if unknown:
-        raise ValueError(f"focusing_factors names {unknown[0]!r}, which {type(model).__name__} cannot convert.")
+        raise ValueError(f"overrides names {unknown[0]!r}, which {type(model).__name__} cannot convert.")
     chosen = [finding for finding in image if selected(finding.name, config)]
     if not chosen:
         raise ValueError(f"include and exclude leave none of the {len(image)} convertible layers: widen them.")
@@ -305,25 +271,40 @@ def _included(name: str, config: AdapterConfig) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in config.include or ())
 
 
-def _detach(model: nn.Module, adapter: Adapter) -> None:
-    adapter.unmerge()
+def _take_off(model: nn.Module, findings: Sequence[Finding]) -> list[str]:
+    """Everything that a conversion put on the model, whole or half; returns what else was replaced by it.
+
+    Each step can be repeated: a restore that was interrupted is finished by the next.
+    """
     replaced = []
-    for name, attn in adapter.attention_modules():
-        if not isinstance(attn.processor, OURS):
-            replaced.append(f"{name} ({type(attn.processor).__name__})")
-        _set_processor(attn, adapter.originals[name])
-        delattr(attn, MIXER)
-        delattr(attn, LAYER)
+    for finding in findings:
+        attn: Any = finding.attn
+        state: ConvertedLayer | None = getattr(attn, LAYER, None)
+        if state is not None:
+            if not _is_ours(finding) and attn.processor is not state.native and not _unfused(attn, state):
+                replaced.append(f"{finding.name} ({type(attn.processor).__name__})")
+            if not _unfused(attn, state):
+                _set_processor(attn, state.native)
+        elif _is_ours(finding):  # put there by set_attn_processor, or by diffusers, which had kept it
+            native = attn.processor.native if isinstance(attn.processor, WrappedProcessor) else native_processor(attn)
+            _set_processor(attn, native)
+        if hasattr(attn, MIXER):
+            delattr(attn, MIXER)
+        if state is not None:
+            delattr(attn, LAYER)
     remove_hooks(model)
-    remove_crossover_hook(model)
-    delattr(model, ADAPTER)
-    adapter.forget()
-    if replaced:
-        logger.warning(f"restore replaced processors that were set after the conversion: {', '.join(replaced)}.")
+    model.__dict__.pop(ADAPTER, None)
+    return replaced
+
+
+def _unfused(attn: Any, state: ConvertedLayer) -> bool:
+    """Whether projections that were fused at the conversion were unfused since, which put the right processor back."""
+    now = type(attn.processor).__name__
+    return "Fused" in type(state.native).__name__ and now == type(state.native).__name__.replace("Fused", "")
 
 
 def _is_ours(finding: Finding) -> bool:
-    return isinstance(finding.attn.processor, OURS)
+    return isinstance(finding.attn.processor, (FocusedLinearAttnProcessor, WrappedProcessor))
 
 
 def _set_processor(attn: Any, processor: Any) -> None:
@@ -331,7 +312,3 @@ def _set_processor(attn: Any, processor: Any) -> None:
         attn.set_processor(processor)
     else:  # MochiAttention
         attn.processor = processor
-
-
-def _compute_dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.dtype in _FLOATS), torch.float32)

@@ -16,7 +16,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from .denoiser_call import Conditioning, can_record, is_shared, record_rows, record_shared, replay
-from .equal_tokens import CountedLastKey, can_count, merge_zeros, repeat_last
+from .equal_tokens import can_count, counted_last_key, merge_zeros, repeat_last
 
 logger = logging.get_logger(__name__)
 
@@ -216,7 +216,7 @@ def _count_last_token(model: nn.Module, inputs: Conditioning) -> AbstractContext
     if counts is None:
         return nullcontext()
     if can_count(model):
-        return CountedLastKey(counts)
+        return counted_last_key(model, counts)
     inputs["encoder_hidden_states"] = repeat_last(inputs["encoder_hidden_states"], counts)
     return nullcontext()
 

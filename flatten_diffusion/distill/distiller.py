@@ -19,16 +19,16 @@ from diffusers.optimization import get_scheduler
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
-from ..adapter import Adapter
+from ..adapter import Adapter, AdapterConfig
 from ..mixers import PROJECTIONS
 from .batches import NoisyBatch, NoisyBatches
 from .cache import LatentCache
 from .calibrate import CalibrationSettings, calibrate
+from .capture import FeatureTap
 from .checkpoint import Checkpoint, load_latest, save_checkpoint
 from .diffusion import Diffusion
 from .ema import AdapterEMA
 from .objective import Gap, LossWeights, Objective, measure_gap
-from .record import FeatureTap
 from .transfer import transfer_step
 
 logger = logging.get_logger(__name__)
@@ -311,9 +311,7 @@ class Distiller:
     # ---- parts ----
 
     def _add_deltas(self, names: tuple[str, ...]) -> None:
-        with torch.random.fork_rng(devices=[]):  # the same random factors in every process and every run
-            torch.manual_seed(self.settings.seed)
-            self.adapter.add_deltas(names, self.settings.rank)
+        self.adapter.add_deltas(names, self.settings.rank)
         self._float_parameters()
 
     def _float_parameters(self) -> None:
@@ -462,12 +460,7 @@ class Distiller:
                 "use the same settings, or another output folder."
             )
         self.progress = Progress.from_json(checkpoint.state["progress"])
-        config = checkpoint.state["adapter_config"]
-        if config["deltas"]:
-            self.adapter.add_deltas(tuple(config["deltas"]), config["delta_rank"])
-        self.adapter.add_feature_maps(config.get("feature_maps", ()))
-        for layer, power in config["focusing_factors"].items():
-            self.adapter.set_focusing_factor(layer, power)
+        self.adapter.reconfigure(AdapterConfig.from_dict(checkpoint.state["adapter_config"]))
         self._float_parameters()
         with torch.no_grad():
             for name, parameter in self.adapter.named_parameters():
@@ -513,10 +506,10 @@ class Distiller:
     def _fingerprint(self) -> dict[str, Any]:
         settings = json.loads(json.dumps(asdict(self.settings)))
         del settings["stages"]  # more may be added to a run that is done
-        config = self.adapter.config
+        config = self.adapter.config.to_dict()
         return {
             **settings,
-            **{name: getattr(config, name) for name in ("mixer", "kernel_size", "joint", "window", "min_tokens")},
+            "conversion": {name: config[name] for name in ("mixer", "window", "min_tokens")},
             "layers": self.adapter.layers,
             "examples": [len(self.train), len(self.held_out)],
             "total batch size": self.settings.train_batch_size * self.accelerator.num_processes,

@@ -10,10 +10,10 @@ from torch import nn
 
 from ..adapter import Adapter
 from .batches import NoisyBatch
+from .capture import FeatureTap
 from .conditioning import Conditioning, predict
 from .denoiser_call import is_shared
 from .diffusion import Diffusion
-from .record import FeatureTap
 
 
 @dataclass(frozen=True)

@@ -102,15 +102,22 @@ class _Added:
         return output
 
 
-class WithDeltas:
-    """An attention module as its native processor sees it while its mixer's projection deltas count.
+class SeenAttention:
+    """An attention module as its native processor sees it while its mixer counts: with projection deltas, and with what
+    the call was given for mixers that need it.
 
     Attributes:
         attn: the attention module; every attribute that carries no delta is its own.
+        has_deltas: whether any projection carries one.
+        hidden_states: [B, N, C], the layer's input.
     """
 
-    def __init__(self, attn: Any, deltas: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
+    def __init__(
+        self, attn: Any, deltas: Mapping[str, nn.Module] | nn.ModuleDict, hidden_states: torch.Tensor | None = None
+    ) -> None:
         self.attn = attn
+        self.has_deltas = len(deltas) > 0
+        self.hidden_states = hidden_states
         fused = getattr(attn, "fused_projections", False) and hasattr(attn, "to_qkv")
         whole: dict[str, list[Any]] = {}
         for name in ("q", "k", "v", "out"):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .product import exchange
+from .attention import exchange
 
 
 def sana_attention(

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
-
-from ..distill.equal_tokens import CountedLastKey
+from torch.overrides import TorchFunctionMode
 
 T5_TOKENS = 256
 """Tokens that StableDiffusion3Pipeline reserves for a T5 encoder, all zero when there is none."""
+
+
+class CountedLastKey(TorchFunctionMode):
+    """Within it, the last key of every scaled dot-product attention counts `counts` [B] times, for each sample."""
+
+    def __init__(self, counts: torch.Tensor) -> None:
+        super().__init__()
+        self.bias = counts.float().log().reshape(-1, 1, 1, 1)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        query, key, value, given = (*args, kwargs.pop("attn_mask", None))[:4]
+        if given is not None:
+            raise RuntimeError("A masked attention cannot count its last key: feed all tokens.")
+        mask = F.pad(self.bias.to(query.dtype), (key.shape[-2] - 1, 0))
+        return function(query, key, value, mask.expand(-1, -1, query.shape[-2], -1), *args[4:], **kwargs)
 
 
 class UNetDenoiser(torch.nn.Module):

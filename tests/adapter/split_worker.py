@@ -17,7 +17,7 @@ def run(rank: int, size: int, folder: str) -> None:
     for name, config, height in (
         ("pixart", AdapterConfig(min_tokens=0, deltas=("q", "out")), 10),
         ("pixart", AdapterConfig(min_tokens=40, kernel_size=0), 10),
-        ("dit", AdapterConfig(kernel_size=3), None),
+        ("dit", AdapterConfig(mixer=FocusedLinearConfig(kernel_size=3)), None),
     ):
         tiny = build(name)
         adapter = linearize(tiny.model, config)

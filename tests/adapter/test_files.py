@@ -215,7 +215,7 @@ def test_a_hand_edited_setting_counts(saved):
 def test_a_save_cut_off_at_any_file_leaves_one_whole_adapter(saved, crash_at, monkeypatch):
     folder, old = saved
     tiny = build("sd15")
-    adapter = linearize(tiny.model, AdapterConfig(kernel_size=3))
+    adapter = linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=3)))
     stir(adapter, seed=5)
     with torch.no_grad():
         new = tiny()
@@ -241,7 +241,7 @@ def test_saving_again_replaces_and_leaves_other_files(saved):
     folder, _ = saved
     (folder / "notes.txt").write_text("mine")
     tiny = build("sd15")
-    adapter = linearize(tiny.model, AdapterConfig(kernel_size=0))
+    adapter = linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=0)))
     adapter.save_pretrained(folder)
     assert sorted(os.listdir(folder)) == sorted([CONFIG, WEIGHTS, CARD, "notes.txt"])
     assert load_adapter(build("sd15").model, folder).config.kernel_size == 0

@@ -286,7 +286,7 @@ def test_sequential_offload():
 
 def test_an_optimizer_step_lowers_the_distance_to_the_original():
     tiny = build("sd15")
-    adapter = linearize(tiny.model, AdapterConfig(kernel_size=3))
+    adapter = linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=3)))
     tiny.model.requires_grad_(False)
     adapter.requires_grad_()
     losses = train_towards_original(tiny, adapter, steps=6)

@@ -85,10 +85,10 @@ def test_windows_live_with_the_adapter(name, tmp_path):
     keys, modules = list(tiny.model.state_dict()), list(tiny.model.named_modules())
     with torch.no_grad():
         native = tiny()
-        linearize(tiny.model, AdapterConfig(kernel_size=0))
+        linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=0)))
         plain = tiny()
         restore(tiny.model)
-        adapter = linearize(tiny.model, AdapterConfig(kernel_size=0, window=3))
+        adapter = linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=0), window=3))
         assert (tiny() - native).norm() < (plain - native).norm()
         stir(adapter)
         converted = tiny()

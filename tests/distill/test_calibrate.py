@@ -223,7 +223,7 @@ def test_a_low_rank_output_delta() -> None:
 
 def test_without_convolution_only_the_rest_is_solved() -> None:
     tiny = sharp("sd15")
-    adapter = linearize(tiny.model, AdapterConfig(kernel_size=0))
+    adapter = linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=0)))
     runs = teacher_runs(tiny)
     before = residuals(adapter, runs)
     calibrate(adapter, runs)

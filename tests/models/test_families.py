@@ -88,7 +88,7 @@ def test_no_owner_has_two_rows():
 
 def test_without_a_convolution_no_grid_is_needed():
     tiny = build("sd15")
-    adapter = linearize(tiny.model, AdapterConfig(kernel_size=0))
+    adapter = linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=0)))
     attn = tiny.model.get_submodule(adapter.layers[0])
     with torch.no_grad():
         assert attn(torch.randn(1, 23, 16)).isfinite().all()

@@ -56,7 +56,7 @@ def test_a_disabled_forward_pass_recomputes_disabled(kernel_size):
     tiny.model.train()
     sample = tiny.inputs["hidden_states"].requires_grad_()
     (expected,) = torch.autograd.grad(tiny().square().sum(), sample)
-    adapter = linearize(tiny.model, AdapterConfig(kernel_size=kernel_size))
+    adapter = linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=)kernel_size))
     tiny.model.enable_gradient_checkpointing()
     with adapter.disabled():
         loss = tiny().square().sum()
@@ -117,7 +117,7 @@ def test_the_convolution_runs_on_rows_and_columns_as_the_picture_has_them():
         down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",), cross_attention_dim=8,
         mid_block_type=None,
     ).eval()  # fmt: skip
-    adapter = linearize(model, AdapterConfig(kernel_size=3))
+    adapter = linearize(model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=3)))
     (name,) = adapter.layers
     attn = model.get_submodule(name)
     inputs, outputs = [], []

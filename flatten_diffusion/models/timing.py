@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 import logging
 import math
 import os
 import platform
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +25,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ _BURST = 10
 
 
 @dataclass(frozen=True)
-class Crossover:
+class Timings:
     """What was timed for one kind of layer on one device.
 
     Attributes:
@@ -81,11 +80,11 @@ class Crossover:
         return known[0][1]
 
 
-_known: dict[str, Crossover] = {}
+_known: dict[str, Timings] = {}
 _lock = threading.Lock()
 
 
-def find_crossover(kind: str, device: torch.device, dtype: torch.dtype, runs_at: Callable[[int], Runs]) -> Crossover:
+def find_crossover(kind: str, device: torch.device, dtype: torch.dtype, runs_at: Callable[[int], Runs]) -> Timings:
     """The crossover of one kind of layer: from memory, from the cache file, or timed now and written there.
 
     Args:
@@ -96,22 +95,22 @@ def find_crossover(kind: str, device: torch.device, dtype: torch.dtype, runs_at:
         The crossover; `UNMEASURED_TOKENS` without ratios where timing is impossible (fake tensors, a CUDA graph being
         captured, a device that fails), which is not remembered.
     """
-    known = known_crossover(kind, device, dtype)
+    known = known_timings(kind, device, dtype)
     if known is not None:
         return known
     with _lock:
-        known = known_crossover(kind, device, dtype)
+        known = known_timings(kind, device, dtype)
         if known is not None:
             return known
         if not _can_time(device):
-            return Crossover(UNMEASURED_TOKENS, {})
+            return Timings(UNMEASURED_TOKENS, {})
         logger.info(f"Timing linear against softmax attention once: {kind}, {dtype}, {device_name(device)}.")
         try:
             found = search(lambda side: _time_ratio(runs_at, side, device), _SECONDS)
         except Exception as error:  # whatever a device or a driver raises: a choice by guess beats none
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             logger.warning(f"{kind} cannot be timed on {device} ({reason}): softmax below {UNMEASURED_TOKENS} tokens.")
-            return Crossover(UNMEASURED_TOKENS, {})
+            return Timings(UNMEASURED_TOKENS, {})
         key = _key(kind, device, dtype)
         _known[key] = found
         if found.complete:
@@ -121,7 +120,7 @@ def find_crossover(kind: str, device: torch.device, dtype: torch.dtype, runs_at:
     return found
 
 
-def known_crossover(kind: str, device: torch.device, dtype: torch.dtype) -> Crossover | None:
+def known_timings(kind: str, device: torch.device, dtype: torch.dtype) -> Timings | None:
     """The same from memory or the cache file; None where it was never timed. Times nothing."""
     key = _key(kind, device, dtype)
     if key not in _known:
@@ -156,7 +155,7 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def search(ratio_at: Callable[[int], float], seconds: float) -> Crossover:
+def search(ratio_at: Callable[[int], float], seconds: float) -> Timings:
     """Looks for the size from which `ratio_at(side)`, linear's time over softmax's, stays below 1 with a margin."""
     started = time.perf_counter()
     ratios: dict[int, float] = {}
@@ -179,7 +178,7 @@ def search(ratio_at: Callable[[int], float], seconds: float) -> Crossover:
     complete = clear == 2 or len(ratios) == len(SIDES)
     if faster_side is None:
         largest = slower_side * slower_side
-        return Crossover(max(largest + 1, math.ceil(largest * ratios[largest])), ratios, complete)
+        return Timings(max(largest + 1, math.ceil(largest * ratios[largest])), ratios, complete)
     for _ in range(_BISECTIONS if slower_side else 0):
         middle = (slower_side + faster_side) // 2
         if middle in (slower_side, faster_side):
@@ -188,7 +187,7 @@ def search(ratio_at: Callable[[int], float], seconds: float) -> Crossover:
             faster_side = middle
         else:
             slower_side = middle
-    return Crossover(faster_side * faster_side if slower_side else 0, ratios, complete)
+    return Timings(faster_side * faster_side if slower_side else 0, ratios, complete)
 
 
 def _time_ratio(runs_at: Callable[[int], Runs], side: int, device: torch.device) -> float:
@@ -233,10 +232,10 @@ def _key(kind: str, device: torch.device, dtype: torch.dtype) -> str:
     return f"{kind}, {str(dtype).removeprefix('torch.')} | {device_name(device)}{threads} | {versions}"
 
 
-def _read_entries() -> dict[str, Crossover]:
+def _read_entries() -> dict[str, Timings]:
     """Everything in the file that can be read; a damaged file or entry is as good as none."""
     try:
-        content = json.loads(cache_file().read_text(encoding="utf-8"))
+        content = read_json(cache_file())
         if content["format"] != _FORMAT:
             return {}
         raw = dict(content["crossovers"])
@@ -246,13 +245,13 @@ def _read_entries() -> dict[str, Crossover]:
     for key, entry in raw.items():
         try:
             ratios = {int(tokens): float(ratio) for tokens, ratio in entry["ratios"].items()}
-            entries[key] = Crossover(int(entry["tokens"]), ratios)
+            entries[key] = Timings(int(entry["tokens"]), ratios)
         except (AttributeError, KeyError, TypeError, ValueError):
             continue
     return entries
 
 
-def _remember(key: str, found: Crossover) -> None:
+def _remember(key: str, found: Timings) -> None:
     """Adds one entry to the file, whole or not at all. A folder that cannot be written only costs timing again."""
     path = cache_file()
     entries = _read_entries() | {key: found}
@@ -264,14 +263,7 @@ def _remember(key: str, found: Crossover) -> None:
             for name, entry in entries.items()
         },
     }
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, path)
+        write_json(path, content)
     except OSError as error:
         logger.warning(f"{path} cannot be written ({error}): set FLATTEN_DIFFUSION_CACHE to keep what was timed.")
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

@@ -1,31 +1,58 @@
-"""Candidate query and key maps of one layer, built from second moments alone, for calibration to choose from.
+"""Maps of each head's queries and keys, and candidates for them, built from second moments alone, to choose from.
 
-Two kinds. "Inherited": the layer's own query and key, their channels scaled, or shifted by a share of their root mean
-square so that the relu cuts less. "Paired": each head's query and key are turned into the directions that matter most
-to their product, and each of the first head_dim / 2 directions x enters as the pair (b + x, b - x): for a focusing
-factor of 1 and |x| < b, a pair's contribution to query . key is 2 b^2 + 2 x_q x_k, the first two terms of the softmax's
-exponential up to a factor, with no relu in the way. The directions are those of balanced truncation (Moore, IEEE TAC
-1981): both second moments become the same diagonal, so they are ordered by what they add to query . key. A rotation of
-them changes no product but spreads it evenly over the pairs, and with a focusing factor above 1 it matters which: a
-few are tried, drawn from fixed seeds.
+Two kinds of candidates. "Inherited": the layer's own query and key, their channels scaled, or shifted by a share of
+their root mean square so that the relu cuts less. "Paired": each head's query and key are turned into the directions
+that matter most to their product, and each of the first head_dim / 2 directions x enters as the pair (b + x, b - x):
+for a focusing factor of 1 and |x| < b, a pair's contribution to query . key is 2 b^2 + 2 x_q x_k, the first two terms
+of the softmax's exponential up to a factor, with no relu in the way. The directions are those of balanced truncation
+(Moore, IEEE TAC 1981): both second moments become the same diagonal, so they are ordered by what they add to
+query . key. A rotation of them changes no product but spreads it evenly over the pairs, and with a focusing factor
+above 1 it matters which: a few are tried, drawn from fixed seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import nn
 
-from ..adapter.convert import projection_of
-from ..mixers import ProjectionDelta
-from ..models import MIXER, ReboundProcessor
-from .measure import in_full_precision
-from .record import MixerInputs
+from ...ops.focused_linear.reference import HeadMap, map_heads
+from ..calibration import MixerInputs, Sums
+from .least_squares import in_full_precision
 
 Maps = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """(query matrix, query shift, key matrix, key shift), [H, D, D] and [H, D]: x becomes x @ matrix + shift."""
+
+
+class FeatureMap(nn.Module):
+    """Adds an affine map of each head to queries or keys, behind norms and rotary embeddings.
+
+    Parameters: weight: [heads, head_dim, head_dim], and bias: [heads, head_dim], zeros, which change nothing.
+    """
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, head_dim, head_dim))
+        self.bias = nn.Parameter(torch.zeros(heads, head_dim))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, N, H, D] -> x + x @ weight + bias, in the input's dtype."""
+        return map_heads(tokens, self.affine)
+
+    @property
+    def affine(self) -> HeadMap:
+        """(eye + weight, bias): the map as the operator takes it, at least float32 beside the ones."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.eye(self.weight.shape[-1], device=self.weight.device, dtype=dtype) + self.weight, self.bias
+
+    @torch.no_grad()
+    def assign(self, matrix: torch.Tensor, shift: torch.Tensor) -> None:
+        """Become x @ matrix + shift."""
+        self.weight.copy_(matrix - torch.eye(matrix.shape[-1]))
+        self.bias.copy_(shift)
 
 
 @dataclass(frozen=True)
@@ -40,23 +67,47 @@ class MapChoice:
     rotation: int = 0
 
 
+class LayerChoice(tuple[MapChoice, ...]):
+    """A map for each head, of one focusing power and scale exponent."""
+
+    @property
+    def power(self) -> float:
+        """The focusing power of the layer."""
+        return self[0].power
+
+    @property
+    def scale_exponent(self) -> float:
+        """The exponent that shapes the layer's scale."""
+        return self[0].scale_exponent
+
+    @property
+    def mapped(self) -> bool:
+        """Whether query and key are mapped at all."""
+        return any(choice.shift for choice in self)
+
+    def __str__(self) -> str:
+        kinds = Counter("paired" if choice.paired else "shifted" if choice.shift else "inherited" for choice in self)
+        maps = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return f"power {self.power:g}, scale exponent {self.scale_exponent:g}, heads: {maps}"
+
+
+@in_full_precision
+def query_key_sums(inputs: MixerInputs) -> Sums:
+    """Of one call: the second moments of queries and of keys [H, D, D], the squares of both after the relu [H, D], and
+    the number of tokens; what `QueryKeyMoments` is made of once summed."""
+    query, key = inputs.query, inputs.key
+    seconds = [torch.einsum("bnhd,bnhe->hde", x.float(), x.float()).double().cpu() for x in (query, key)]
+    positive = torch.cat([query, key], dim=1).float().relu().square().sum((0, 1)).double().cpu()
+    return *seconds, positive, torch.tensor(float(query.shape[0] * query.shape[1]), dtype=torch.float64)
+
+
 class QueryKeyMoments:
-    """Second moments of one layer's queries and keys, [H, D, D] each, per token.
+    """Second moments of one layer's queries and keys, [H, D, D] each, per token; from the sums of `query_key_sums`."""
 
-    Args:
-        inputs: the mixer's inputs of a batch.
-        reduce: sum over processes.
-    """
-
-    @in_full_precision
-    def __init__(self, inputs: MixerInputs, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        tokens = reduce(torch.tensor(float(inputs.query.shape[0] * inputs.query.shape[1]), dtype=torch.float64))
-        self.query, self.key = (
-            reduce(torch.einsum("bnhd,bnhe->hde", x.float(), x.float()).double().cpu()) / tokens
-            for x in (inputs.query, inputs.key)
-        )
-        positive = torch.cat([inputs.query, inputs.key], dim=1).float().relu().square().sum((0, 1)).double().cpu()
-        self.positive = reduce(positive).flatten() / (2 * tokens)
+    def __init__(self, sums: Sums) -> None:
+        query, key, positive, tokens = sums
+        self.query, self.key = query / tokens, key / tokens
+        self.positive = positive.flatten() / (2 * tokens)
         self._directions: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
 
     def scale(self, exponent: float) -> torch.Tensor:
@@ -99,36 +150,6 @@ def apply_maps(inputs: MixerInputs, maps: Maps) -> tuple[torch.Tensor, torch.Ten
     return query.contiguous(), key.contiguous()
 
 
-def can_shift(attn: Any) -> bool:
-    """Whether maps of query and key can be folded into their projections: no norm between, ordinary weights.
-
-    Rebound layers may rotate between, and the text of joint ones reads the same keys through softmax, as windows do.
-    """
-    if isinstance(attn.processor, ReboundProcessor) or getattr(attn, MIXER).window is not None:
-        return False
-    plain = all(base_of(projection_of(attn, name)).weight.is_floating_point() for name in ("q", "k"))
-    return plain and attn.norm_q is None and attn.norm_k is None
-
-
-def base_of(projection: Any) -> Any:
-    """The base layer of a projection that LoRA has wrapped, or the projection."""
-    return getattr(projection, "base_layer", projection)
-
-
-@torch.no_grad()
-def fold_map(attn: Any, name: str, delta: ProjectionDelta, matrix: torch.Tensor, shift: torch.Tensor) -> None:
-    """Make `delta` such that the projection `name` plus delta gives what it gave before, mapped."""
-    base = base_of(projection_of(attn, name))
-    weight = base.weight.float()
-    matrix, shift = matrix.to(weight.device), shift.to(weight.device)
-    bias = torch.zeros_like(weight[:, 0]) if base.bias is None else base.bias.float()
-    present, present_bias = weight + delta.matrix().float(), bias + delta.bias.float()
-    heads, head_dim = matrix.shape[:2]
-    mapped = torch.einsum("hdc,hde->hec", present.unflatten(0, (heads, head_dim)), matrix).flatten(0, 1)
-    mapped_bias = torch.einsum("hd,hde->he", present_bias.unflatten(0, (heads, head_dim)), matrix) + shift
-    delta.assign(mapped - weight, mapped_bias.flatten() - bias)
-
-
 def candidates(
     powers: Sequence[float],
     scale_exponents: Sequence[float],
@@ -138,7 +159,7 @@ def candidates(
     *,
     pairable: bool,
 ) -> list[MapChoice]:
-    """Every choice that the settings name; scale and shift are not combined."""
+    """Every choice that the settings name; scale and shift are not combined. Paired ones only where `pairable`."""
     choices = [MapChoice(power, exponent) for power in powers for exponent in scale_exponents]
     choices += [MapChoice(power, shift=shift) for power in powers for shift in shifts]
     if pairable:

@@ -1,4 +1,4 @@
-"""What stands in for a native processor's attention product: linear over the picture, softmax for the rest."""
+"""The one place where attention calls pass: checks, masks, frames, the split into image and text, the capture."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..mixers import Mixer, count_tokens
+from ..mixers import Context, Grid, JoinInputs, LayerMixer, OtherTokens, count_tokens, pictures_of
 from .layer import LAYER, MIXER, ConvertedLayer
-from .projections import WithDeltas
+from .projections import SeenAttention
 
 try:
     from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -96,48 +96,123 @@ def exchange(
     softmax: Softmax,
     exact: bool = True,
 ) -> torch.Tensor:
-    """The product of a converted layer, [B, N, H, D].
+    """The product of a wrapped layer, [B, N, H, D].
 
     Args:
-        seen: the attention module, or the `WithDeltas` around it.
+        seen: the attention module, or the `SeenAttention` around it.
         query, key, value: [B, N or M, H, D], as the native code hands them to its product.
         mask: as the native code hands it on.
         scale: of the softmax.
         softmax: the native product.
-        exact: False where the native call asks for what linear attention has not (dropout, causality).
+        exact: False where the native call asks for what mixers have not (dropout, causality).
 
     Raises:
-        RuntimeError: the tokens do not fit the grid, or a mask needs softmax while deltas are in the projections.
+        RuntimeError: the tokens do not fit the grid, or the call needs softmax while deltas are in the projections.
     """
     attn = _module(seen)
     layer: ConvertedLayer = getattr(attn, LAYER)
-    if not layer.enabled:
-        output = softmax(query, key, value, mask)
-        if layer.tap is not None:
-            layer.tap(output)
+    mixer: LayerMixer = getattr(attn, MIXER)
+    counted = _count_last_key(layer, softmax)
+    if layer.stays_softmax(query.shape[1]) is not None:
+        output = counted(query, key, value, mask)
+        recorder = layer.state.recorder
+        if recorder is not None and not layer.enabled:
+            recorder.native(output)
         return output
     padding = _key_padding(layer, mask, key)
-    if not exact or (padding is None and mask is not None):
-        if layer.merged or seen is not attn:
+    reason = None
+    if not exact:
+        reason = "it asks for dropout or causality"
+    elif padding is None and mask is not None:
+        reason = "its mask is no key padding"
+    reason = reason or unsupported(mixer, layer.grid, padding)
+    if reason is not None:
+        if layer.merged or (isinstance(seen, SeenAttention) and seen.has_deltas):
             raise RuntimeError(
-                f"{layer.name}: this call's mask or dropout needs softmax, and the projections carry what the adapter "
-                "learned: call the model without it, or inside adapter.disabled()."
+                f"{layer.name}: this call needs softmax ({reason}), but its projections carry what the adapter learned: "
+                "call the model without it, or inside adapter.disabled()."
             )
         if not torch.compiler.is_compiling():
-            layer.masked = True
-        return softmax(query, key, value, mask)
+            layer.last_softmax = reason
+        return counted(query, key, value, mask)
     if key.shape[2] != query.shape[2]:
         key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
-    mixer: Mixer = getattr(attn, MIXER)
+    hidden_states = seen.hidden_states if isinstance(seen, SeenAttention) else None
     if layer.place == "alone":
-        grid = layer.grid_of(query.shape[1]) if mixer.uses_grid else None
-        return mixer.attend(query, key, value, grid, padding, scale)[0]
-    return _joint(layer, mixer, query, key, value, mask, padding, scale, softmax)
+        return mix(layer, mixer, query, key, value, None, padding, scale, hidden_states)
+    return _joint(layer, mixer, query, key, value, mask, padding, scale, counted, hidden_states)
+
+
+def mix(
+    layer: ConvertedLayer,
+    mixer: LayerMixer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: Grid | None,
+    key_mask: torch.Tensor | None,
+    scale: float | None,
+    hidden_states: torch.Tensor | None,
+    others: OtherTokens | None = None,
+) -> torch.Tensor:
+    """The product of a layer's image queries: where every converted call, of any processor, passes.
+
+    query, key, value: [B, N, H, D], of the image; grid: where the call tells it, else the pass's; `others` beside it.
+    """
+    needs = mixer.needs
+    if "grid" in needs and grid is None:
+        grid = layer.grid_of(query.shape[1])
+    if "hidden_states" in needs and (hidden_states is None or hidden_states.shape[1] != query.shape[1]):
+        raise RuntimeError(f"{layer.name}: {mixer.mixer.config.name} needs the layer's input, which is not told here.")
+    if torch.compiler.is_compiling() and "compile" not in mixer.mixer.supports:
+        raise RuntimeError(f"{layer.name}: {mixer.mixer.config.name} does not support torch.compile: run it eagerly.")
+    grid = grid if "grid" in needs else None
+    hidden_states = hidden_states if "hidden_states" in needs else None
+    context = Context(grid, key_mask, scale, hidden_states, layer.group)
+    recorder = layer.state.recorder
+    if recorder is not None:
+        recorder.mixed(JoinInputs(query, key, value, context, others))
+    output: torch.Tensor = mixer(query, key, value, context, others)
+    return output
+
+
+def unsupported(mixer: LayerMixer, grid: Grid | None, key_mask: torch.Tensor | None) -> str | None:
+    """What a call asks for that its mixer does not support; None where there is nothing."""
+    supports = mixer.mixer.supports
+    name = mixer.mixer.config.name
+    if key_mask is not None and "mask" not in supports:
+        return f"{name} takes no key mask"
+    pictures = [] if grid is None else pictures_of(grid)
+    if len(pictures) > 1 and "images" not in supports:
+        return f"{name} takes one image at a time"
+    if any(frames > 1 for frames, _, _ in pictures) and "frames" not in supports:
+        return f"{name} takes no videos"
+    return None
+
+
+def _count_last_key(layer: ConvertedLayer, softmax: Softmax) -> Softmax:
+    """The native product, with the sequence's last key counting as the pass says."""
+    counts = layer.state.last_key_count
+    if counts is None:
+        return softmax
+
+    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        if mask is not None:
+            raise RuntimeError(f"{layer.name}: a masked attention cannot count its last key: feed all tokens.")
+        bias = F.pad(_log_counts(counts)[:, None, None, :].to(q.dtype), (k.shape[1] - 1, 0))
+        return softmax(q, k, v, bias.expand(-1, -1, q.shape[1], -1))
+
+    return counted
+
+
+def _log_counts(counts: torch.Tensor) -> torch.Tensor:
+    """[B] -> [B, 1]."""
+    return counts.float().log().reshape(-1, 1)
 
 
 def _joint(
     layer: ConvertedLayer,
-    mixer: Mixer,
+    mixer: LayerMixer,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -145,21 +220,23 @@ def _joint(
     padding: torch.Tensor | None,
     scale: float | None,
     softmax: Softmax,
+    hidden_states: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Picture queries: linear over the picture's keys, softmax over the others. Other queries: softmax over all."""
+    """Picture queries: the mixer over the picture's keys, softmax over the others. Other queries: softmax over all."""
     split = split_of(layer, query.shape[1], key.shape[1])
-    grid = layer.grid
     picture_query, other_query = split.queries(query)
     picture_key, other_key = split.keys(key)
     picture_value, other_value = split.keys(value)
     picture_mask, other_mask = (None, None) if padding is None else split.keys(padding)
-    picture, log_mass = mixer.attend(
-        picture_query, picture_key, picture_value, grid if mixer.uses_grid else None, picture_mask, scale
+    if hidden_states is not None and hidden_states.shape[1] == query.shape[1]:
+        hidden_states = split.queries(hidden_states)[0]
+    counts, bias = layer.state.last_key_count, None
+    if counts is not None:
+        bias = F.pad(_log_counts(counts), (other_key.shape[1] - 1, 0))
+    others = OtherTokens(other_key, other_value, other_mask, bias)
+    picture = mix(
+        layer, mixer, picture_query, picture_key, picture_value, layer.grid, picture_mask, scale, hidden_states, others
     )
-    if mixer.joint is not None:
-        picture = mixer.joint(
-            picture, picture_query, picture_key, other_key, other_value, picture_mask, other_mask, scale, log_mass
-        )
     if statically_known_true(other_query.shape[1] == 0):  # Mochi's number of text tokens is unknown to a graph
         return picture
     torch._check(other_query.shape[1] > 0)
@@ -217,12 +294,13 @@ def _gather(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
 
 def split_of(layer: ConvertedLayer, queries: int, keys: int) -> Split:
     """How a joint layer's sequence divides. Raises RuntimeError when its picture tokens are unknown or do not fit."""
-    if layer.grid is None or layer.reading is None:
+    reading = layer.state.reading
+    if reading is None or reading.grid is None:
         raise RuntimeError(f"{layer.name}: which tokens are the picture's is unknown: call the whole model.")
-    picture = count_tokens(layer.grid)
+    picture = count_tokens(reading.grid)
     if picture > min(queries, keys):
         layer.grid_of(min(queries, keys))  # raises, with the sizes
-    return Split(picture, layer.place == "last", layer.reading.starts)
+    return Split(picture, layer.place == "last", reading.starts)
 
 
 def _key_padding(layer: ConvertedLayer, mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
@@ -230,8 +308,9 @@ def _key_padding(layer: ConvertedLayer, mask: torch.Tensor | None, key: torch.Te
     if mask is None:
         return None
     batch, keys = key.shape[:2]
-    if layer.reading is not None and layer.reading.key_mask is not None:
-        return layer.reading.key_mask.to(torch.bool).expand(batch, keys)
+    reading = layer.state.reading
+    if reading is not None and reading.key_mask is not None:
+        return reading.key_mask.to(torch.bool).expand(batch, keys)
     if mask.dim() != 4 or mask.shape[-2] != 1:
         return None
     row = mask[:, 0, 0]  # key padding is the same for every head
@@ -239,4 +318,4 @@ def _key_padding(layer: ConvertedLayer, mask: torch.Tensor | None, key: torch.Te
 
 
 def _module(seen: Any) -> Any:
-    return seen.attn if isinstance(seen, WithDeltas) else seen
+    return seen.attn if isinstance(seen, SeenAttention) else seen

@@ -2,7 +2,7 @@
 
 Every diffusers processor ends in `F.scaled_dot_product_attention` or `dispatch_attention_fn`, after projections,
 query-key norms and rotary embeddings of its own. Its `__call__` is compiled again from its source with those two calls
-led to `product` and the attention module handed along; everything else stays the native code, in the native module's
+led to `attention` and the attention module handed along; everything else stays the native code, in the native module's
 own namespace, so nothing is patched and nothing of a family needs to be written twice.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from .attention import heads_first_product, tokens_first_product
 from .layer import LAYER, MIXER, ConvertedLayer
-from .product import heads_first_product, tokens_first_product
-from .projections import WithDeltas
+from .projections import SeenAttention
 from .sana import sana_attention
 
 _PRODUCTS = {
@@ -28,12 +28,12 @@ _PRODUCTS = {
 
 _HAND_WRITTEN: dict[str, Callable[..., Any]] = {"SanaLinearAttnProcessor2_0": sana_attention}
 """(native processor, attention module, its arguments) -> its output, for classes that call no product."""
-_CLASSES: dict[type, type[ReboundProcessor]] = {}
+_CLASSES: dict[type, type[WrappedProcessor]] = {}
 """One class per native class, made at its first conversion."""
 
 
-class ReboundProcessor:
-    """A native processor whose attention product is that of the layer's mixer; made by `rebind`.
+class WrappedProcessor:
+    """A native processor whose attention product is that of the layer's mixer; made by `wrap`.
 
     It holds no state of a layer: one object serves every layer that ran `native`. Layers without a mixer, disabled
     layers and calls below `min_tokens` run `native` itself, bit for bit.
@@ -42,15 +42,18 @@ class ReboundProcessor:
         native: the processor that was replaced.
     """
 
-    def __init__(self, native: Any) -> None:
-        self.native = native
+    native_class: type = object
+
+    def __init__(self, native: Any = None) -> None:
+        # diffusers makes processors anew without arguments (`load_ip_adapter`).
+        self.native = type(self).native_class() if native is None else native
 
     def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        """Made for each native class by `rebind`, with its signature."""
-        raise NotImplementedError("Make a ReboundProcessor by rebind().")
+        """Made for each native class by `wrap`, with its signature."""
+        raise NotImplementedError("Make a WrappedProcessor by wrap().")
 
-    def __reduce__(self) -> tuple[Callable[[Any], ReboundProcessor], tuple[Any]]:
-        return rebind, (self.native,)
+    def __reduce__(self) -> tuple[Callable[[Any], WrappedProcessor], tuple[Any]]:
+        return wrap, (self.native,)
 
     # `set_attention_backend` and context parallelism look for these two on the processor.
     @property
@@ -70,7 +73,7 @@ class ReboundProcessor:
         self.native._parallel_config = config
 
 
-def rebind(native: Any) -> ReboundProcessor:
+def wrap(native: Any) -> WrappedProcessor:
     """A processor that does what `native` does, its product exchanged.
 
     Raises:
@@ -82,21 +85,27 @@ def rebind(native: Any) -> ReboundProcessor:
     return _CLASSES[native_class](native)
 
 
-def _make_class(native_class: type) -> type[ReboundProcessor]:
+def _make_class(native_class: type) -> type[WrappedProcessor]:
     with_product = _HAND_WRITTEN.get(native_class.__name__) or _recompiled(native_class)
 
-    def __call__(self: ReboundProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: WrappedProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
         layer: ConvertedLayer | None = getattr(attn, LAYER, None)
-        if layer is None or not layer.intercepts(_first(args, kwargs)):
+        hidden_states = _first(args, kwargs)
+        if layer is None or not layer.intercepts(hidden_states):
             return self.native(attn, *args, **kwargs)
-        deltas = getattr(attn, MIXER).deltas
-        if not layer.merged and layer.enabled and len(deltas) > 0:
-            return with_product(self.native, WithDeltas(attn, deltas), *args, **kwargs)
+        if layer.stays_softmax(hidden_states.shape[1]) is not None:
+            return with_product(self.native, attn, *args, **kwargs)
+        mixer = getattr(attn, MIXER)
+        deltas = {} if layer.merged else mixer.deltas
+        if len(deltas) > 0 or "hidden_states" in mixer.needs:
+            return with_product(self.native, SeenAttention(attn, deltas, hidden_states), *args, **kwargs)
         return with_product(self.native, attn, *args, **kwargs)
 
     # Attention modules filter keyword arguments by this signature: without it, masks and rotary embeddings are lost.
     __call__.__signature__ = inspect.signature(native_class.__call__)  # type: ignore[attr-defined]
-    return type(f"Rebound{native_class.__name__}", (ReboundProcessor,), {"__call__": __call__})
+    return type(
+        f"Wrapped{native_class.__name__}", (WrappedProcessor,), {"__call__": __call__, "native_class": native_class}
+    )
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
