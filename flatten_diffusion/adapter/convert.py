@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProc
 from diffusers.utils import logging
 from torch import nn
 
-from ..mixers import LayerMixer
+from ..mixers import LayerMixer, mixer_class
 from ..models import (
     AUTO,
     LAYER,
@@ -100,6 +100,7 @@ def linearize(model_or_pipeline: Any, config: AdapterConfig | None = None) -> Ad
     check_unconverted(model, findings)
     chosen = _choose(model, findings, config)
     check_processors(chosen)
+    check_supported(chosen, config)
     return attach(model, config, findings, build_layers(chosen, config))
 
 
@@ -164,6 +165,20 @@ def check_processors(chosen: Sequence[Finding]) -> None:
         hook = None if query is None else getattr(query.module(attn), "_hf_hook", None)
         if getattr(hook, "offload", False):
             raise ValueError(f"{finding.name} is offloaded layer by layer: convert before enabling sequential offload.")
+
+
+def check_supported(chosen: Sequence[Finding], config: AdapterConfig) -> None:
+    """Raise ValueError when a layer's mixer cannot do what the layer or the config asks of it at every call."""
+    for finding in chosen:
+        name = config.mixer_of(finding.name).name
+        supports = mixer_class(name).supports
+        if config.window and "window" not in supports:
+            raise ValueError(f"{finding.name}: {name} cannot be combined with windows: convert with window=0.")
+        if finding.place != "alone" and "text" not in supports:
+            raise ValueError(
+                f"{finding.name}: {name} cannot be joined with other tokens (text): exclude the layer, or choose "
+                "another mixer."
+            )
 
 
 def build_layers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, LayerMixer]:
