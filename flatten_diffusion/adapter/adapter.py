@@ -101,11 +101,13 @@ class Adapter(AdapterHandle):
             grid: (height, width) in tokens of the passes to come, or one (1, height, width) per picture where
                 reference images follow; None takes the pin away. A pass of another grid fails on the device.
         """
-        if grid is None:
-            self.model.__dict__.pop(PINNED, None)
-        else:
+        if grid is not None:
             count_tokens(grid)
-            self.model.__dict__[PINNED] = grid
+        whole = self.model  # or both denoisers of a pipeline
+        for owner in whole.values() if isinstance(whole, nn.ModuleDict) else [whole]:
+            owner.__dict__.pop(PINNED, None)
+            if grid is not None:
+                owner.__dict__[PINNED] = grid
 
     def token_parallel(self, group: Any = None) -> AbstractContextManager[nn.Module]:
         """Inside, the tokens of each picture are split by rows over the processes of a `torch.distributed` group.

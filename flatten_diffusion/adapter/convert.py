@@ -42,28 +42,45 @@ logger = logging.get_logger(__name__)
 _CONVERTIBLE = (AttnProcessor2_0, FusedAttnProcessor2_0)
 
 
+DENOISERS = ("unet", "transformer", "transformer_2")
+"""Names under which pipelines hold what predicts; Wan 2.2 has two, one for each half of the steps."""
+
+
+class Denoisers(nn.ModuleDict):
+    """The denoisers of a pipeline that has several, by their name there: converted, saved and restored as one."""
+
+
 def resolve_model(model_or_pipeline: Any) -> nn.Module:
-    """The denoiser: a pipeline's `unet` or `transformer`, without torch.compile's or data-parallel wrappers.
+    """The denoiser, without torch.compile's or data-parallel wrappers; `Denoisers` of a pipeline that has several.
 
     Raises:
-        TypeError: neither a module nor a pipeline that holds one under these names.
+        TypeError: neither a module nor a pipeline that holds one under the names of `DENOISERS`.
     """
-    model = model_or_pipeline
-    if not isinstance(model, nn.Module):
-        found = [getattr(model, name, None) for name in ("unet", "transformer")]
-        model = next((part for part in found if isinstance(part, nn.Module)), None)
-    if model is None:
+    if isinstance(model_or_pipeline, nn.Module):
+        return _unwrapped(model_or_pipeline)
+    found = {name: getattr(model_or_pipeline, name, None) for name in DENOISERS}
+    parts = {name: _unwrapped(part) for name, part in found.items() if isinstance(part, nn.Module)}
+    if not parts:
         raise TypeError(
             f"{type(model_or_pipeline).__name__} is no module and has neither .unet nor .transformer: "
             "pass the model to convert."
         )
+    return next(iter(parts.values())) if len(parts) == 1 else Denoisers(parts)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+            model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         else:
             return model
+
+
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """The models that are called: those of `Denoisers`, or the one."""
+    return list(model.values()) if isinstance(model, Denoisers) else [model]
 
 
 def linearize(model_or_pipeline: Any, config: AdapterConfig | None = None) -> Adapter:
@@ -82,8 +99,9 @@ def linearize(model_or_pipeline: Any, config: AdapterConfig | None = None) -> Ad
     `state_dict`; save them with `Adapter.save_pretrained`, since diffusers' `from_pretrained` would drop them.
 
     Args:
-        model_or_pipeline: a model, or a pipeline with `.unet` or `.transformer`; other parts of a pipeline (a
-            ControlNet) are converted by passing them.
+        model_or_pipeline: a model, or a pipeline with `.unet` or `.transformer`, all of whose denoisers are converted
+            (Wan 2.2 has two; layers are then named "transformer.blocks.0.attn1" and so on); other parts of a pipeline
+            (a ControlNet) are converted by passing them.
         config: see `AdapterConfig`; None means its defaults.
 
     Returns:
@@ -119,10 +137,12 @@ def restore(model_or_pipeline: Any) -> None:
         ValueError: nothing to restore.
     """
     model = resolve_model(model_or_pipeline)
+    adapter: Adapter | None = next((p.__dict__[ADAPTER] for p in parts_of(model) if ADAPTER in p.__dict__), None)
+    if adapter is not None:
+        model = adapter.model  # with all its parts, whichever was passed
     findings = survey(model)
     if not _is_converted(model, findings):
         raise ValueError(f"This {type(model).__name__} is not converted: there is nothing to restore.")
-    adapter: Adapter | None = model.__dict__.get(ADAPTER)
     if adapter is not None:
         adapter.unmerge()
         adapter.forget()
@@ -140,7 +160,7 @@ def check_unconverted(model: nn.Module, findings: Sequence[Finding]) -> None:
 def _is_converted(model: nn.Module, findings: Sequence[Finding]) -> bool:
     """Whether anything of a conversion is on the model, were it only half done."""
     traces = any(hasattr(f.attn, LAYER) or hasattr(f.attn, MIXER) or _is_ours(f) for f in findings)
-    return traces or ADAPTER in model.__dict__
+    return traces or any(ADAPTER in part.__dict__ for part in parts_of(model))
 
 
 def check_processors(chosen: Sequence[Finding]) -> None:
@@ -241,12 +261,13 @@ def _attach(
         hook = GridHook(finding.family.read, finding.argument_positions, below)
         finding.owner.register_forward_pre_hook(hook, with_kwargs=True)
         finding.owner.register_forward_hook(EndHook(below))
-    model.register_forward_pre_hook(GuardHook(states, OURS))
     automatic = [(state, layers[state.name], place_of(attn)) for attn, state in states if state.auto]
-    if automatic:
-        model.register_forward_pre_hook(AutotuneHook(automatic), with_kwargs=True)
     adapter = Adapter(model, config, [finding.name for finding in findings])
-    setattr(model, ADAPTER, adapter)
+    for part in parts_of(model):
+        part.register_forward_pre_hook(GuardHook(states, OURS))
+        if automatic:
+            part.register_forward_pre_hook(AutotuneHook(automatic), with_kwargs=True)
+        setattr(part, ADAPTER, adapter)
     return adapter
 
 
@@ -308,7 +329,8 @@ def _take_off(model: nn.Module, findings: Sequence[Finding]) -> list[str]:
         if state is not None:
             delattr(attn, LAYER)
     remove_hooks(model)
-    model.__dict__.pop(ADAPTER, None)
+    for part in parts_of(model):
+        part.__dict__.pop(ADAPTER, None)
     return replaced
 
 
