@@ -33,6 +33,7 @@ from ..models import (
     survey,
     wrap,
 )
+from ..models.guiders import register_like
 from .adapter import Adapter
 from .config import AdapterConfig
 from .handle import ADAPTER, OURS, build_layer, place_of
@@ -237,6 +238,7 @@ def _attach(
     always_converted: Collection[str],
 ) -> Adapter:
     plain = AdapterAttnProcessor()
+    register_like(AdapterAttnProcessor, AttnProcessor2_0)
     wrapped: dict[int, WrappedProcessor] = {}
     states: list[tuple[nn.Module, ConvertedLayer]] = []
     hooked: dict[str, tuple[Finding, list[ConvertedLayer]]] = {}

@@ -119,6 +119,8 @@ def exchange(
         if recorder is not None and not layer.enabled:
             recorder.native(output)
         return output
+    if skips_scores(attn):
+        return counted(query, key, value, mask)  # which is the values, with what the adapter added to them
     padding = _key_padding(layer, mask, key)
     reason = None
     if not exact:
@@ -174,6 +176,15 @@ def mix(
         recorder.mixed(JoinInputs(query, key, value, context, others))
     output: torch.Tensor = mixer(query, key, value, context, others)
     return output
+
+
+def skips_scores(attn: Any) -> bool:
+    """Whether a guider of diffusers wants this call's values in place of attention (`skip_attention_scores`): its hook
+    then answers `F.scaled_dot_product_attention` with them."""
+    if torch.compiler.is_compiling() or not hasattr(attn, "_diffusers_hook"):
+        return False
+    probe = torch.zeros(1, 1, 1, 1)
+    return F.scaled_dot_product_attention(probe, probe, probe) is probe
 
 
 def unsupported(mixer: LayerMixer, grid: Grid | None, key_mask: torch.Tensor | None) -> str | None:

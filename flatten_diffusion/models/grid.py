@@ -104,10 +104,11 @@ class GuardHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         for attn, layer in self.layers:
-            if not isinstance(attn.processor, self.expected):
+            if layer.enabled and not isinstance(attn.processor, self.expected):
                 raise RuntimeError(
                     f"{layer.name}: its processor was replaced by {type(attn.processor).__name__} after linearize: "
-                    "undo that, or call restore() and convert again."
+                    "undo that, or call restore() and convert again (with this layer in `exclude`, where the other "
+                    "processor shall stay)."
                 )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .attention import heads_first_product, tokens_first_product
+from .guiders import register_like
 from .layer import LAYER, MIXER, ConvertedLayer
 from .projections import SeenAttention
 from .sana import sana_attention
@@ -81,7 +82,8 @@ def wrap(native: Any) -> WrappedProcessor:
     """
     native_class = type(native)
     if native_class not in _CLASSES:
-        _CLASSES[native_class] = _make_class(native_class)
+        _CLASSES[native_class] = made = _make_class(native_class)
+        register_like(made, native_class)
     return _CLASSES[native_class](native)
 
 
