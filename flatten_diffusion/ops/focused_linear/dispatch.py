@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from . import operator, reference
+from . import operator
 from .arguments import FocusedArguments, HeadMap
 
 BACKENDS = ("auto", "reference", "eager", "triton")
@@ -97,7 +97,8 @@ def focused_linear_attention(
         key_mask: bool [B, M], True where a key counts. Masked keys and values weigh nothing, in the mean and in the
             convolution too, whatever they hold. A sample without any key gives zeros.
         backend: "auto" (fused kernels on CUDA where triton is installed, else "eager"), "reference", "eager" or
-            "triton".
+            "triton". Forward-mode derivatives, the transforms of torch.func, second derivatives and torch.jit.trace
+            go through "reference" whichever it is: only that one has them.
 
     Returns:
         [B, N, H, D] in the query's dtype. Accumulation is float32 (float64 for float64). Under autocast, query, key
@@ -114,11 +115,7 @@ def focused_linear_attention(
     name = resolve_backend(backend, device, dtype, query.shape[3])
     call = call.per_channel()
     if dtype == query.dtype and not torch.is_autocast_enabled(device.type):
-        return _run(name, call)
+        return operator.run(call, name)
     # Inside, precision is chosen operation by operation: autocast would undo the float32 accumulation.
     with torch.autocast(device.type, enabled=False):
-        return _run(name, call.cast(dtype))
-
-
-def _run(name: str, call: FocusedArguments) -> torch.Tensor:
-    return reference.forward(call) if name == "reference" else operator.run(call, name)
+        return operator.run(call.cast(dtype), name)

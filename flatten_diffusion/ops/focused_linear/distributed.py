@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from ..transforms import backward_needs_plain_torch, needs_plain_torch
 from .arguments import FocusedArguments, HeadMap
 from .dispatch import call_dtype, resolve_backend
 from .operator import kernels_of
@@ -83,7 +84,9 @@ def split_focused_linear_attention(
     Raises:
         ValueError: tensors that do not fit together, rows that do not fit the group or the tokens, or a backend that
             cannot run.
+        RuntimeError: forward-mode or second derivatives, torch.func transforms, torch.jit.trace.
     """
+    _refuse(needs_plain_torch())
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     tokens = query.shape[1] if query.dim() == 4 else 0
     grid = _own_grid(tokens, rows, rank, size) if rows is not None else None
@@ -104,6 +107,15 @@ def split_focused_linear_attention(
         return _add_across_cuts(output, call, tuple(rows), rank, group)
 
 
+def _refuse(more_than_a_gradient: bool) -> None:
+    """What torch transforms, or differentiates twice, does not cross processes."""
+    if more_than_a_gradient:
+        raise RuntimeError(
+            "split_focused_linear_attention has gradients, once, and nothing else: for forward-mode or second "
+            "derivatives, torch.func and torch.jit pass whole images to focused_linear_attention."
+        )
+
+
 class _SplitAttention(torch.autograd.Function):
     """Everything but what the convolution reads beyond this process's rows."""
 
@@ -118,8 +130,8 @@ class _SplitAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _refuse(backward_needs_plain_torch())
         *tensors, state, mean_key, count = ctx.saved_tensors
         call = FocusedArguments.from_flat((*tensors, *ctx.settings))
         # Called under autocast too, which would undo the float32 accumulation.
@@ -199,8 +211,8 @@ class _Halo(torch.autograd.Function):
         return received
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_received: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _refuse(backward_needs_plain_torch())
         sends, receives, _ = ctx.plan
         grad = grad_received.new_zeros(ctx.shape)
         outgoing = [(peer, grad_received[:, start:stop].contiguous()) for peer, start, stop in receives]

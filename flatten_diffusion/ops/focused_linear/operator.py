@@ -10,10 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-from . import eager
+from ..transforms import backward_needs_plain_torch, differentiable_gradients, needs_plain_torch
+from . import eager, reference
 from .arguments import DIFFERENTIABLE, FLAT_SCHEMA, FocusedArguments
-from .reference import compute_dtype
 
 
 @torch.library.custom_op(
@@ -24,6 +25,8 @@ from .reference import compute_dtype
 def focused_linear(*flat: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output [B, N, H, D], state [B, H, D, D] and mean key [B, H, D]; the last two are what the backward reuses."""
     *arguments, kernel = flat
+    if forward_ad._current_level >= 0:  # `run` never comes here then, but a graph that was exported before may
+        raise RuntimeError("flatten_diffusion::focused_linear has no forward-mode derivative: use backend='reference'.")
     output, state, mean_key, _ = kernels_of(kernel).forward(FocusedArguments.from_flat(arguments))
     return output, state, mean_key
 
@@ -32,7 +35,7 @@ def focused_linear(*flat: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def _(*flat: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     query, kernel = flat[0], flat[-1]
     batch, _, heads, head_dim = query.shape
-    dtype = compute_dtype(query.dtype)
+    dtype = reference.compute_dtype(query.dtype)
     return (
         query.new_empty(query.shape),
         # The fused kernels keep the state as bounded means, which fit the input's own dtype.
@@ -76,6 +79,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, grad_output: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     *tensors, state, mean_key = ctx.saved_tensors
+    if backward_needs_plain_torch():
+        rest = tensors[DIFFERENTIABLE:], ctx.settings[:-1]
+
+        def plain(*views: torch.Tensor | None) -> torch.Tensor:
+            return reference.forward(FocusedArguments.from_flat((*views, *rest[0], *rest[1])))
+
+        needed = ctx.needs_input_grad[:DIFFERENTIABLE]
+        return (*differentiable_gradients(plain, tensors[:DIFFERENTIABLE], needed, grad_output), *[None] * 4)
     weight_needs_grad = ctx.needs_input_grad[FocusedArguments._fields.index("conv_weight") + 2]  # each map is a pair
     grads = focused_linear_backward(grad_output, state, mean_key, weight_needs_grad, *tensors, *ctx.settings)
     return (*(None if t is None else g for t, g in zip(tensors, grads, strict=False)), *[None] * 4)
@@ -95,5 +106,7 @@ def kernels_of(backend: str) -> ModuleType:
 
 def run(call: FocusedArguments, backend: str) -> torch.Tensor:
     """See `focused_linear_attention`; arguments are already checked."""
+    if backend == "reference" or needs_plain_torch():
+        return reference.forward(call)
     output: torch.Tensor = focused_linear(*call.flat(), backend)[0]
     return output

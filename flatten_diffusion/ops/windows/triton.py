@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -14,6 +13,8 @@ import triton.language as tl
 from ..focused_linear.triton import _on as on_device
 from ..focused_linear.triton import _or, _strides, precision
 from ..focused_linear.triton_kernels import _dot, _load_tile, _load_vector
+from .moments import KeyMoments
+from .partition import JoinArguments
 
 MAX_WINDOW_TOKENS = 128
 """Beyond, the scores of a window would not fit the registers."""
@@ -94,20 +95,10 @@ def fits_kernel(query: torch.Tensor, size: int) -> bool:
 
 
 def join(
-    mixed: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pictures: Sequence[tuple[int, int, int]],
-    size: int,
-    key_mask: torch.Tensor | None,
-    scale: float,
-    gain: torch.Tensor,
-    bias: torch.Tensor,
-    moments: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    no_key: float,
+    call: JoinArguments, gain: torch.Tensor, bias: torch.Tensor, moments: KeyMoments, no_key: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `join_windows`; gain is added to 1 already."""
+    mixed, query, key, value, pictures, size, key_mask, scale = call
     batch, length, heads, head_dim = query.shape
     number, mean, covariance = moments
     # Its largest entry apart, so that it fits any dtype's range.
