@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flatten_diffusion.ops import focused_feature_map, focused_linear_attention, resolve_backend
+from flatten_diffusion.ops.focused_linear.arguments import FocusedArguments
 
 from .focused_cases import (
     MAPS,
@@ -437,10 +438,11 @@ def test_half_precision_never_holds_a_wide_copy(monkeypatch, maps):
     inputs = make_inputs((1, (50, 20), 2, 32), dtype=torch.bfloat16, maps=maps)
     pairs = [(inputs[f"{name}_weight"], inputs[f"{name}_bias"]) if maps else None for name in ("query_map", "key_map")]
     tokens = [inputs[k] for k in ("query", "key", "value")]
-    arguments = [*tokens, inputs["scale"], *pairs, inputs["conv_weight"], inputs["conv_bias"], None]
+    convolution = inputs["conv_weight"], inputs["conv_bias"]
+    call = FocusedArguments(*tokens, inputs["scale"], *pairs, *convolution, None, 3.0, inputs["grid"])
     with Largest() as largest:
-        output, *state = eager.forward(*arguments, 3.0, inputs["grid"])
-        eager.backward(output, *arguments, *state, 3.0, inputs["grid"], True)
+        output, state, mean_key, _ = eager.forward(call)
+        eager.backward(call, output, state, mean_key)
     assert 0 < largest.entries < inputs["query"].numel() // 8
 
 
