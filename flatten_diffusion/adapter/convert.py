@@ -24,6 +24,8 @@ from ..models import (
     Projection,
     ReboundProcessor,
     find_projection,
+    heads_of,
+    inner_dim_of,
     native_processor,
     place_of,
     rebind,
@@ -180,8 +182,9 @@ def build_mixers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, 
         power = config.focusing_factors.get(finding.name, config.focusing_factor)
         joint = None if finding.place == "alone" else config.joint
         mapped = finding.name in config.feature_maps
-        head_dim = attn.inner_dim // attn.heads
-        spec = MixerSpec(attn.heads, head_dim, power, config.kernel_size, joint, mapped, config.window)
+        heads = heads_of(attn)
+        head_dim = inner_dim_of(attn) // heads
+        spec = MixerSpec(heads, head_dim, power, config.kernel_size, joint, mapped, config.window)
         mixer = create_mixer(config.mixer, spec, device=weight.device, dtype=dtype)
         add_deltas(attn, mixer, config)
         mixers[finding.name] = mixer
@@ -236,7 +239,7 @@ def attach(
     rebound: dict[int, ReboundProcessor] = {}
     originals = {finding.name: finding.attn.processor for finding in findings}
     layers: list[tuple[nn.Module, ConvertedLayer]] = []
-    hooked: dict[str, tuple[Finding, list[ConvertedLayer]]] = {}
+    hooked: dict[tuple[str, Any], tuple[Finding, list[ConvertedLayer]]] = {}
     for finding in findings:
         if finding.name not in mixers:
             continue
@@ -255,7 +258,7 @@ def attach(
         layers.append((attn, layer))
         # Without a convolution too: the hook is also what replays a layer's state under checkpointing.
         if finding.family is not None and finding.family.read is not None:
-            hooked.setdefault(finding.owner_name, (finding, []))[1].append(layer)
+            hooked.setdefault((finding.owner_name, finding.family.read), (finding, []))[1].append(layer)
     for finding, below in hooked.values():
         assert finding.owner is not None and finding.family is not None and finding.family.read is not None
         hook = GridHook(finding.family.read, finding.argument_positions, below)

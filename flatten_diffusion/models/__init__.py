@@ -1,11 +1,11 @@
 """The diffusers side: which layers of a model can be converted, their token grids, and the processors."""
 
 from .crossover import AUTO, CrossoverHook, known_ratio, place_of, remove_crossover_hook, softmax_below_on, stays_here
-from .families import FAMILIES, Family, Finding, survey
+from .families import FAMILIES, REFUSED, Family, Finding, survey
 from .grid import GridHook, remove_hooks
 from .layer import LAYER, MIXER, ConvertedLayer, Reading, native_processor
 from .processor import FocusedLinearAttnProcessor
-from .projections import Projection, find_projection
+from .projections import Projection, find_projection, heads_of, inner_dim_of
 from .rebind import ReboundProcessor, rebind
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "FAMILIES",
     "LAYER",
     "MIXER",
+    "REFUSED",
     "ConvertedLayer",
     "CrossoverHook",
     "Family",
@@ -23,6 +24,8 @@ __all__ = [
     "Reading",
     "ReboundProcessor",
     "find_projection",
+    "heads_of",
+    "inner_dim_of",
     "known_ratio",
     "native_processor",
     "place_of",

@@ -6,9 +6,10 @@ To add a family, add a row to `FAMILIES`: see the README.md beside this file.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from torch import nn
@@ -20,7 +21,7 @@ from .layer import Place
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table.
+    """One row of the table. An owner that sees several sequences (video and audio) has a row for each.
 
     Attributes:
         owner: name of the module class (subclasses included).
@@ -34,6 +35,7 @@ class Family:
         arguments: names of the owner's arguments that `read` wants; None stands for one that was not passed.
         native: names of the processor classes that are run as they are, with their product exchanged; empty where
             `FocusedLinearAttnProcessor` takes the place of AttnProcessor2_0.
+        unless: (owner, attention module) -> why it stays softmax as this model is configured, or None.
     """
 
     owner: str
@@ -45,6 +47,24 @@ class Family:
     read: Read | None = None
     arguments: tuple[str, ...] = ("hidden_states",)
     native: tuple[str, ...] = ()
+    unless: Callable[[nn.Module, nn.Module], str | None] | None = None
+
+
+def _crosses(owner: Any, attn: Any) -> str | None:
+    """A block whose attention layers may be built without the picture's own keys."""
+    return _CROSS if getattr(attn, "only_cross_attention", False) or not getattr(owner, "self_attn", True) else None
+
+
+def _crosses_by_width(owner: Any, attn: Any) -> str | None:
+    return _CROSS if attn.to_k.in_features != attn.to_q.in_features else None
+
+
+def _in_a_window(owner: Any, attn: Any) -> str | None:
+    return None if attn.sliding_window is None else "attends within a sliding window: its cost is linear already"
+
+
+def _a_difference(owner: Any, attn: Any) -> str | None:
+    return "differential attention: the difference of two softmaxes" if attn.use_differential else None
 
 
 _BLOCKS = ("transformer_blocks.*.attn1", "transformer_blocks.*.attn2")
@@ -246,9 +266,466 @@ FAMILIES: tuple[Family, ...] = (
         read=readings.signal,
         native=("StableAudioAttnProcessor2_0",),
     ),
+    # unCLIP, Kandinsky 2.x, DeepFloyd IF: picture queries over text and picture keys.
+    *(
+        Family(
+            owner,
+            joint=("attentions.*",),
+            read=readings.pixels,
+            native=("AttnAddedKVProcessor2_0",),
+            unless=_crosses,
+        )
+        for owner in ("UNetMidBlock2DSimpleCrossAttn", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D")
+    ),
+    Family(
+        "SDCascadeAttnBlock",  # Stable Cascade
+        joint=("attention",),
+        place="first",
+        read=readings.pixels,
+        arguments=("x",),
+        native=("AttnProcessor2_0",),
+        unless=_crosses,
+    ),
+    Family(
+        "Kandinsky3AttentionBlock",
+        image=("attention",),
+        read=readings.pixels_alone,
+        arguments=("x", "context"),
+        native=("AttnProcessor2_0",),
+        unless=_crosses_by_width,
+    ),
+    Family(
+        "DreamLiteTransformer2DModel",
+        image=_BLOCKS,
+        kept={"transformer_blocks.*.attn2": _CROSS},
+        read=readings.pixels,
+        native=("DreamLiteAttnProcessor2_0",),
+        unless=_crosses,
+    ),
+    Family(
+        "LuminaNextDiT2DModel",
+        image=("layers.*.attn1",),
+        kept={"layers.*.attn2": _CROSS},
+        read=readings.all_patches,
+        native=("LuminaAttnProcessor2_0",),
+    ),
+    Family(
+        "CogView3PlusTransformer2DModel",
+        joint=("transformer_blocks.*.attn1",),
+        read=readings.patches,
+        native=("CogVideoXAttnProcessor2_0",),
+    ),
+    Family(
+        "OvisImageTransformer2DModel",
+        joint=_STREAMS,
+        read=readings.position_ids,
+        arguments=("img_ids",),
+        native=("OvisImageAttnProcessor",),
+    ),
+    Family(
+        "LongCatImageTransformer2DModel",
+        joint=_STREAMS,
+        read=readings.position_ids,
+        arguments=("img_ids",),
+        native=("LongCatImageAttnProcessor",),
+    ),
+    Family(
+        "BriaTransformer2DModel",
+        joint=_STREAMS,
+        read=readings.position_ids,
+        arguments=("img_ids",),
+        native=("BriaAttnProcessor",),
+    ),
+    Family(
+        "BriaFiboTransformer2DModel",
+        joint=_STREAMS,
+        read=readings.position_ids,
+        arguments=("img_ids",),
+        native=("BriaFiboAttnProcessor", "BriaAttnProcessor"),
+    ),
+    Family(
+        "BriaFibo2Transformer2DModel",
+        image=("noise_refiner.*.attention",),
+        joint=("layers.*.attention",),
+        kept={"perceiver.*": _TEXT, "layers.*.cross_attention": _CROSS},
+        read=readings.patches_around_gist,
+        arguments=("hidden_states", "encoder_hidden_states", "encoder_attention_mask", "context_latents"),
+        native=("BriaFibo2AttnProcessor",),
+    ),
+    Family(
+        "Flux3Transformer2DModel",
+        image=("mode_blocks.image.*.attn",),
+        read=readings.position_ids,
+        arguments=("img_ids",),
+        native=("Flux3AttnProcessor",),
+    ),
+    Family(
+        "Flux3Transformer2DModel",
+        image=("mode_blocks.image_cond.*.attn",),
+        read=readings.position_ids,
+        arguments=("image_cond_ids",),
+        native=("Flux3AttnProcessor",),
+    ),
+    Family(
+        "Flux3Transformer2DModel",
+        joint=("single_transformer_blocks.*.attn",),
+        kept={"txt_mode_blocks.*": _TEXT},
+        read=readings.both_position_ids,
+        arguments=("img_ids", "image_cond_ids"),
+        native=("Flux3AttnProcessor",),
+    ),
+    Family(
+        "Krea2Transformer2DModel",
+        joint=("transformer_blocks.*.attn",),
+        kept={"text_fusion.*": _TEXT},
+        read=readings.last_position_ids,
+        arguments=("position_ids", "hidden_states"),
+        native=("Krea2AttnProcessor",),
+    ),
+    Family(
+        "Ideogram4Transformer2DModel",
+        joint=("layers.*.attention",),
+        read=readings.indicated_position_ids,
+        arguments=("position_ids", "indicator", "segment_ids"),
+        native=("Ideogram4AttnProcessor",),
+    ),
+    Family(
+        "ErnieImageTransformer2DModel",
+        joint=("layers.*.self_attention",),
+        place="first",
+        read=readings.patches,
+        native=("ErnieImageSingleStreamAttnProcessor",),
+    ),
+    Family(
+        "GlmImageTransformer2DModel",
+        joint=("transformer_blocks.*.attn1",),
+        read=readings.unmasked_patches,
+        arguments=("hidden_states", "attention_mask"),
+        native=("GlmImageAttnProcessor",),
+    ),
+    Family(
+        "QwenImage21Transformer2DModel",
+        joint=("transformer_blocks.*.attn",),
+        read=readings.target_shape,
+        arguments=("img_shapes", "img_mask", "hidden_states"),
+        native=("QwenImage21AttnProcessor",),
+    ),
+    Family(
+        "NucleusMoEImageTransformer2DModel",
+        joint=("transformer_blocks.*.attn",),
+        place="first",
+        read=readings.image_shapes,
+        arguments=("img_shapes",),
+        native=("NucleusMoEAttnProcessor2_0",),
+    ),
+    Family(
+        "HunyuanImageTransformer2DModel",
+        joint=_STREAMS,
+        place="first",
+        kept={"context_embedder.*": _TEXT},
+        read=readings.sized_patches,
+        native=("HunyuanImageAttnProcessor",),
+    ),
+    Family(
+        "JoyImageEditTransformer3DModel",
+        joint=("double_blocks.*.attn",),
+        place="first",
+        read=readings.stacked_video,
+        native=("JoyImageAttnProcessor",),
+    ),
+    Family(
+        "JoyImageEditPlusTransformer3DModel",
+        joint=("double_blocks.*.attn",),
+        place="first",
+        read=readings.image_shapes,
+        arguments=("shape_list",),
+        native=("JoyImageEditPlusAttnProcessor",),
+    ),
+    Family(
+        "Kandinsky5Transformer3DModel",
+        image=("visual_transformer_blocks.*.self_attention",),
+        kept={"text_transformer_blocks.*": _TEXT, "*.cross_attention": _CROSS},
+        read=readings.dense_channels_last_video,
+        arguments=("hidden_states", "sparse_params"),
+        native=("Kandinsky5AttnProcessor",),
+    ),
+    Family(
+        "Kandinsky6Transformer3DModel",
+        image=("visual_transformer_blocks.*.video_dec_block.self_attention",),
+        kept={"*_text_transformer_blocks.*": _TEXT, "*cross_attention": _CROSS},
+        read=readings.channels_last_video,
+        native=("Kandinsky6AttnProcessor",),
+    ),
+    Family(
+        "Kandinsky6Transformer3DModel",
+        image=("visual_transformer_blocks.*.audio_dec_block.self_attention",),
+        read=readings.tokens_in_time,
+        arguments=("audio_hidden_states",),
+        native=("Kandinsky6AttnProcessor",),
+    ),
+    Family(
+        "CosmosTransformer3DModel",
+        image=("transformer_blocks.*.attn1",),
+        kept={"transformer_blocks.*.attn2": _CROSS},
+        read=readings.video,
+        native=("CosmosAttnProcessor2_0",),
+    ),
+    Family(
+        "Cosmos3OmniTransformer",
+        joint=("layers.*.self_attn",),
+        read=readings.packed_video,
+        arguments=("vision_token_shapes", "und_len", "sequence_length"),
+        native=("Cosmos3AttnProcessor",),
+    ),
+    Family(
+        "MiniMaxH3Transformer3DModel",
+        joint=("transformer_blocks.*.attn",),
+        kept={"token_refiner.*": _TEXT},
+        read=readings.packed_position_ids,
+        arguments=("position_ids", "video_indices"),
+        native=("MiniMaxH3AttnProcessor",),
+    ),
+    Family(
+        "SanaVideoTransformer3DModel",
+        image=("transformer_blocks.*.attn1",),
+        kept={"transformer_blocks.*.attn2": _CROSS},
+        offered={"transformer_blocks.*.attn1": _ALREADY},
+        read=readings.video,
+        native=("SanaLinearAttnProcessor3_0",),
+    ),
+    # ControlNets of models above.
+    Family(
+        "SD3ControlNetModel",
+        image=("transformer_blocks.*.attn2",),
+        joint=("transformer_blocks.*.attn",),
+        place="first",
+        read=readings.patches,
+        native=("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"),
+    ),
+    Family(
+        "FluxControlNetModel",
+        joint=_STREAMS,
+        read=readings.position_ids,
+        arguments=("img_ids",),
+        native=("FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"),
+    ),
+    Family(
+        "QwenImageControlNetModel",
+        joint=("transformer_blocks.*.attn",),
+        read=readings.image_shapes,
+        arguments=("img_shapes",),
+        native=("QwenDoubleStreamAttnProcessor2_0",),
+    ),
+    Family(
+        "HunyuanDiT2DControlNetModel",
+        image=("blocks.*.attn1",),
+        kept={"blocks.*.attn2": _CROSS},
+        read=readings.patches,
+        native=("HunyuanAttnProcessor2_0", "FusedHunyuanAttnProcessor2_0"),
+    ),
+    Family(
+        "SanaControlNetModel",
+        image=("transformer_blocks.*.attn1",),
+        kept={"transformer_blocks.*.attn2": _CROSS},
+        offered={"transformer_blocks.*.attn1": _ALREADY},
+        read=readings.patches,
+        native=("SanaLinearAttnProcessor2_0",),
+    ),
+    Family(
+        "ZImageControlNetModel",
+        joint=("noise_refiner.*.attention", "control_noise_refiner.*.attention", "control_layers.*.attention"),
+        place="first",
+        kept={"context_refiner.*": _TEXT},
+        read=readings.latent_list,
+        arguments=("x", "patch_size", "f_patch_size"),
+        native=("ZSingleStreamAttnProcessor",),
+    ),
+    Family(
+        "CosmosControlNetModel",
+        image=("control_blocks.*.attn1",),
+        kept={"control_blocks.*.attn2": _CROSS},
+        read=readings.video,
+        arguments=("controls_latents",),
+        native=("CosmosAttnProcessor2_0",),
+    ),
+    # Video.
+    Family(
+        "WanVACETransformer3DModel",
+        image=("blocks.*.attn1", "vace_blocks.*.attn1"),
+        kept={"*blocks.*.attn2": _CROSS},
+        read=readings.video,
+        native=("WanAttnProcessor", "WanAttnProcessor2_0"),
+    ),
+    Family(
+        "WanAnimateTransformer3DModel",
+        image=("blocks.*.attn1",),
+        kept={"blocks.*.attn2": _CROSS, "face_adapter.*": _CROSS},
+        read=readings.video,
+        native=("WanAttnProcessor", "WanAttnProcessor2_0"),
+    ),
+    Family(
+        "ChronoEditTransformer3DModel",
+        image=("blocks.*.attn1",),
+        kept={"blocks.*.attn2": _CROSS},
+        read=readings.video,
+        native=("WanAttnProcessor", "WanAttnProcessor2_0"),
+    ),
+    Family(
+        "SkyReelsV2Transformer3DModel",
+        image=("blocks.*.attn1",),
+        kept={"blocks.*.attn2": _CROSS},
+        read=readings.video,
+        native=("SkyReelsV2AttnProcessor",),
+    ),
+    Family(
+        "AnyFlowTransformer3DModel",
+        image=("blocks.*.attn1",),
+        kept={"blocks.*.attn2": _CROSS},
+        read=readings.frames_first_video,
+        native=("AnyFlowAttnProcessor",),
+    ),
+    Family(
+        "HeliosTransformer3DModel",
+        image=("blocks.*.attn1",),
+        kept={"blocks.*.attn2": _CROSS},
+        read=readings.video_after_history,
+        arguments=(
+            "hidden_states",
+            "latents_history_short",
+            "latents_history_mid",
+            "latents_history_long",
+            "indices_latents_history_short",
+            "indices_latents_history_mid",
+            "indices_latents_history_long",
+        ),
+        native=("HeliosAttnProcessor",),
+    ),
+    Family(
+        "LTX2VideoTransformer3DModel",
+        image=("transformer_blocks.*.attn1",),
+        kept={"transformer_blocks.*attn2": _CROSS, "transformer_blocks.*_to_*_attn": _CROSS},
+        read=readings.given_video,
+        arguments=("num_frames", "height", "width"),
+        native=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
+    ),
+    Family(
+        "LTX2VideoTransformer3DModel",
+        image=("transformer_blocks.*.audio_attn1",),
+        read=readings.tokens_in_time,
+        arguments=("audio_hidden_states",),
+        native=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
+    ),
+    Family(
+        "HunyuanVideo15Transformer3DModel",
+        joint=("transformer_blocks.*.attn",),
+        place="first",
+        kept={"context_embedder.*": _TEXT},
+        read=readings.video_before_sorted_text,
+        arguments=("hidden_states", "encoder_attention_mask", "encoder_attention_mask_2", "image_embeds"),
+        native=("HunyuanVideo15AttnProcessor2_0",),
+    ),
+    Family(
+        "HunyuanVideoFramepackTransformer3DModel",
+        joint=_STREAMS,
+        place="first",
+        kept={"context_embedder.*": _TEXT},
+        read=readings.framepack,
+        arguments=(
+            "hidden_states",
+            "latents_clean",
+            "latents_history_2x",
+            "latents_history_4x",
+            "indices_latents_clean",
+            "indices_latents_history_2x",
+            "indices_latents_history_4x",
+        ),
+        native=("HunyuanVideoAttnProcessor2_0",),
+    ),
+    Family(
+        "MotifVideoTransformer3DModel",
+        joint=_STREAMS,
+        place="first",
+        kept={"*.cross_attn": _CROSS},
+        read=readings.video,
+        native=("MotifVideoAttnProcessor2_0",),
+    ),
+    Family(
+        "EasyAnimateTransformer3DModel",
+        joint=("transformer_blocks.*.attn1",),
+        read=readings.video,
+        native=("EasyAnimateAttnProcessor2_0",),
+    ),
+    Family(
+        "ConsisIDTransformer3DModel",
+        joint=("transformer_blocks.*.attn1",),
+        read=readings.frames_first_video,
+        native=("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
+    ),
+    # Audio.
+    Family(
+        "AceStepTransformer1DModel",
+        image=("layers.*.self_attn",),
+        kept={"layers.*.cross_attn": _CROSS},
+        read=readings.patches_in_time,
+        native=("AceStepAttnProcessor2_0",),
+        unless=_in_a_window,
+    ),
+    Family(
+        "StableAudio3DiTModel",  # memory tokens, then the signal
+        joint=("transformer_blocks.*.self_attn",),
+        kept={"transformer_blocks.*.cross_attn": _CROSS},
+        read=readings.signal_patches,
+        native=("StableAudio3SelfAttnProcessor",),
+        unless=_a_difference,
+    ),
+    Family(
+        "LongCatAudioDiTTransformer",
+        image=("blocks.*.self_attn",),
+        kept={"blocks.*.cross_attn": _CROSS},
+        read=readings.tokens_in_time,
+        native=("AudioDiTSelfAttnProcessor",),
+    ),
+    Family(
+        "MiniMaxMusic3Transformer1DModel",  # a time token, then the signal
+        joint=("transformer_blocks.*.attn",),
+        read=readings.signal,
+        native=("MiniMaxMusic3AttnProcessor",),
+    ),
 )
 
-_BY_OWNER = {family.owner: family for family in FAMILIES}
+_BY_OWNER: dict[str, list[Family]] = {}
+for _family in FAMILIES:
+    _BY_OWNER.setdefault(_family.owner, []).append(_family)
+
+_AUTOENCODER = "an autoencoder, not a denoiser: it runs once per picture"
+_CONDITION = "prepares a condition, not a picture"
+REFUSED: Mapping[str, str] = {
+    "AnimaTextConditioner": _CONDITION,
+    "AnyFlowFARTransformer3DModel": "causal attention between chunks of frames (a block mask), and cached keys",
+    "AutoencoderKLAllegro": _AUTOENCODER,
+    "AutoencoderKLCosmos": _AUTOENCODER,
+    "AutoencoderKLHunyuanVideo": _AUTOENCODER,
+    "AutoencoderKLKVAEAudio": _AUTOENCODER,
+    "AutoencoderKLMiniMaxH3": _AUTOENCODER,
+    "AutoencoderKLMiniMaxH3Audio": _AUTOENCODER,
+    "AutoencoderKLMochi": _AUTOENCODER,
+    "AutoencoderKLTemporalDecoder": _AUTOENCODER,
+    "AutoencoderRAE": _AUTOENCODER,
+    "AutoencoderSAME": _AUTOENCODER,
+    "Kandinsky6SRTransformer3DModel": "sparse attention already (NABLA), which chooses its blocks by content",
+    "LTX2VideoDiffusionDecoderModel": "neighbourhood attention: its cost is linear already",
+    "MMAudioVAE": _AUTOENCODER,
+    "MiniMaxMusic3RVQDepthDecoder": "causal attention over the few codes of one audio frame, not over a picture",
+    "PriorTransformer": "predicts an image embedding from a few tokens, not a picture",
+    "RFD4ProteinaAutoencoder": "works on atoms of proteins, not on a picture",
+    "RFD4ProteinaTransformer": "works on residues of proteins, with a bias per pair, not on a picture",
+    "SanaWMLTX2RefinerTransformer3DModel": "refines block by block over cached keys, and is not told the video's size",
+    "SanaWMTransformer3DModel": "linear already: its self-attention is a gated recurrence without processors",
+    "T5FilmDecoder": "unscaled attention over spectrogram frames and notes, not over a picture",
+    "WanAnimate2Transformer3DModel": "packs video and cached reference keys under a block mask (flex attention)",
+}
+"""Classes whose attention layers have no row -> why: these are no denoisers of pictures, videos or audio with layers
+that could be converted."""
 
 
 @dataclass(frozen=True)
@@ -297,11 +774,14 @@ def _judge(name: str, attn: nn.Module, modules: Mapping[str, nn.Module]) -> Find
     owner_name, family = _nearest_row(name, modules)
     if family is None:
         kind = f"{type(attn).__name__} with {type(attn.processor).__name__}"
-        return Finding(name, attn, _own_reason(attn) or f"{kind}: outside the families this version knows")
+        reason = _refusal(name, modules) or _own_reason(attn) or f"{kind}: outside the families this version knows"
+        return Finding(name, attn, reason)
     path = name[len(owner_name) + 1 :] if owner_name else name
     reason = _first_match(path, family.kept)
     if reason is None and not family.native:
         reason = _own_reason(attn)
+    if reason is None and family.unless is not None:
+        reason = family.unless(modules[owner_name], attn)
     joint = any(fnmatchcase(path, pattern) for pattern in family.joint)
     if reason is None and not joint and not any(fnmatchcase(path, pattern) for pattern in family.image):
         reason = f"not among the image layers known in {family.owner}"
@@ -314,13 +794,30 @@ def _first_match(path: str, reasons: Mapping[str, str]) -> str | None:
 
 
 def _nearest_row(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, Family | None]:
-    """The nearest ancestor of the module `name` that has a row, and the row."""
+    """The nearest ancestor of the module `name` that has rows, and the one of them that speaks of the module."""
+    owner = name
+    while owner:
+        owner = owner.rpartition(".")[0]
+        for cls in type(modules[owner]).__mro__:
+            rows = _BY_OWNER.get(cls.__name__)
+            if rows is not None:
+                path = name[len(owner) + 1 :] if owner else name
+                return owner, next((row for row in rows if _speaks_of(row, path)), rows[0])
+    return "", None
+
+
+def _speaks_of(family: Family, path: str) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in (*family.kept, *family.image, *family.joint))
+
+
+def _refusal(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """What `REFUSED` says of the nearest ancestor of the module `name` that it names."""
     while name:
         name = name.rpartition(".")[0]
         for cls in type(modules[name]).__mro__:
-            if cls.__name__ in _BY_OWNER:
-                return name, _BY_OWNER[cls.__name__]
-    return "", None
+            if cls.__name__ in REFUSED:
+                return REFUSED[cls.__name__]
+    return None
 
 
 def _own_reason(attn: nn.Module) -> str | None:

@@ -82,6 +82,8 @@ def tokens_first_product(
     def softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return dispatch_attention_fn(q, k, v, attn_mask=mask, **options)
 
+    if attn_mask is not None and attn_mask.dim() == 2 and attn_mask.shape == (query.shape[0], key.shape[1]):
+        attn_mask = attn_mask[:, None, None]  # key padding, as diffusers' own backends read it
     exact = dropout_p == 0.0 and not is_causal
     return exchange(attn, query, key, value, attn_mask, scale, softmax, exact)
 
@@ -111,9 +113,10 @@ def exchange(
     """
     attn = _module(seen)
     layer: ConvertedLayer = getattr(attn, LAYER)
-    if not layer.enabled:
+    elsewhere = layer.reading is not None and layer.reading.keys not in (None, key.shape[1])
+    if not layer.enabled or elsewhere:
         output = softmax(query, key, value, mask)
-        if layer.tap is not None:
+        if layer.tap is not None and not layer.enabled and not elsewhere:
             layer.tap(output)
         return output
     padding = _key_padding(layer, mask, key)
