@@ -774,8 +774,8 @@ def _judge(name: str, attn: nn.Module, modules: Mapping[str, nn.Module]) -> Find
     owner_name, family = _nearest_row(name, modules)
     if family is None:
         kind = f"{type(attn).__name__} with {type(attn.processor).__name__}"
-        reason = _refusal(name, modules) or _own_reason(attn) or f"{kind}: outside the families this version knows"
-        return Finding(name, attn, reason)
+        unknown = f"{kind}: outside the families this version knows"
+        return Finding(name, attn, _refusal(name, modules) or _own_reason(attn) or unknown)
     path = name[len(owner_name) + 1 :] if owner_name else name
     reason = _first_match(path, family.kept)
     if reason is None and not family.native:

@@ -80,7 +80,11 @@ def inner_dim_of(attn: Any) -> int:
     for attribute in ("head_dim", "dim_heads"):
         if hasattr(attn, attribute):
             return heads_of(attn) * int(getattr(attn, attribute))
-    return int(attn.inner_dim) if hasattr(attn, "inner_dim") else int(attn.to_q.out_features)
+    if hasattr(attn, "inner_dim"):
+        return int(attn.inner_dim)
+    query = find_projection(attn, "q")
+    assert query is not None, "a fused projection belongs to a class that says its width"
+    return int(query.base(attn).out_features)
 
 
 def find_projection(attn: Any, name: str) -> Projection | None:

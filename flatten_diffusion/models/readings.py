@@ -377,10 +377,12 @@ def _packed(ids: torch.Tensor, video_indices: torch.Tensor) -> Reading:
     last = video_indices[int(gaps[-1]) + 1 if len(gaps) else 0 :]
     if int(last[-1]) != ids.shape[0] - 1:
         raise ValueError("video_indices do not end with the sequence: pass those that the pipeline makes.")
-    frames = pictures_of(_grid_from_ids(ids[int(last[0]) :]))
-    if len(set(frames)) > 1:
-        return Reading(frames)
-    return Reading((len(frames), frames[0][1], frames[0][2]))
+    grid = _grid_from_ids(ids[int(last[0]) :])
+    frames = set(pictures_of(grid))
+    if len(frames) > 1:
+        return Reading(grid)
+    _, height, width = frames.pop()
+    return Reading((len(last) // (height * width), height, width))
 
 
 _packed_outside_the_graph = torch.compiler.disable(_packed)
@@ -405,12 +407,14 @@ def framepack(module: Any, hidden_states: torch.Tensor, *history: torch.Tensor |
 
     `history`: the clean latents, those at half and at quarter size, and their indices.
     """
-    size, in_time = module.config.patch_size, module.config.patch_size_t
+    embedder = module.clean_x_embedder
     clean, half, quarter = (
-        None if latents is None or indices is None else _patched(latents, [in_time * t, size * t, size * t])
-        for latents, indices, t in zip(history[:3], history[3:], (1, 2, 4), strict=True)
+        None if latents is None or indices is None else _patched(latents, patch.kernel_size)
+        for latents, indices, patch in zip(
+            history[:3], history[3:], (embedder.proj, embedder.proj_2x, embedder.proj_4x), strict=True
+        )
     )
-    own = _patched(hidden_states, [in_time, size, size])
+    own = _patched(hidden_states, (module.config.patch_size_t, *2 * (module.config.patch_size,)))
     parts = [part for part in (quarter, half, clean, own) if part is not None]
     return Reading(parts[0] if len(parts) == 1 else tuple(parts))
 

@@ -73,8 +73,6 @@ def text_mask() -> torch.Tensor:
     return mask
 
 
-
-
 def wake(model: nn.Module) -> nn.Module:
     """The model with its zero parameters made random: gates and output layers that start at zero hide everything."""
     for parameter in model.parameters():
