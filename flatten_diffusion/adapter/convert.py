@@ -239,7 +239,7 @@ def attach(
     rebound: dict[int, ReboundProcessor] = {}
     originals = {finding.name: finding.attn.processor for finding in findings}
     layers: list[tuple[nn.Module, ConvertedLayer]] = []
-    hooked: dict[tuple[str, Any], tuple[Finding, list[ConvertedLayer]]] = {}
+    hooked: dict[tuple[str, Any, tuple[str, ...]], tuple[Finding, list[ConvertedLayer]]] = {}
     for finding in findings:
         if finding.name not in mixers:
             continue
@@ -258,7 +258,8 @@ def attach(
         layers.append((attn, layer))
         # Without a convolution too: the hook is also what replays a layer's state under checkpointing.
         if finding.family is not None and finding.family.read is not None:
-            hooked.setdefault((finding.owner_name, finding.family.read), (finding, []))[1].append(layer)
+            key = (finding.owner_name, finding.family.read, finding.family.arguments)
+            hooked.setdefault(key, (finding, []))[1].append(layer)
     for finding, below in hooked.values():
         assert finding.owner is not None and finding.family is not None and finding.family.read is not None
         hook = GridHook(finding.family.read, finding.argument_positions, below)

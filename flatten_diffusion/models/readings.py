@@ -87,12 +87,17 @@ def given_video(module: Any, num_frames: int | None, height: int | None, width: 
     return Reading((num_frames, height, width))
 
 
-def position_ids(module: Any, img_ids: torch.Tensor) -> Reading:
+def position_ids(module: Any, img_ids: torch.Tensor | None) -> Reading:
     """Flux: [N, 3 or more], each token's (picture, row, column, ...); several pictures may follow one another.
 
-    Reads the ids from the device, once per forward pass. A compiled graph cannot: it breaks there, or takes the grid
-    that was pinned (see `Adapter.pin_grid`) and checks it on the device.
+    Ids may step by anything and be rounded (bfloat16 keeps whole numbers up to 256): their order is what is read, from
+    the device, once per forward pass. A compiled graph cannot: it breaks there, or takes the grid that was pinned (see
+    `Adapter.pin_grid`) and checks it on the device.
+
+    Raises ValueError where the ids do not run through whole pictures, or are rounded so far that they do not tell.
     """
+    if img_ids is None:
+        return Reading(None)
     ids = img_ids[0] if img_ids.dim() == 3 else img_ids
     if not torch.compiler.is_compiling():
         return Reading(_grid_from_ids(ids))
@@ -111,10 +116,7 @@ def masked_position_ids(module: Any, img_ids: torch.Tensor, attention_mask: torc
 
 
 def _grid_from_ids(ids: torch.Tensor) -> Grid:
-    """The pictures that the ids run through row by row, by where rows and columns start over, not by exact numbers.
-
-    Ids may step by anything and start anywhere; rounded to bfloat16 (integers above 256 are) they repeat and skip.
-    """
+    """The pictures that the ids run through row by row: rows end where columns start over, whatever the numbers."""
     table = ids[:, :3].detach().to("cpu", torch.float64)
     picture, row, column = table.unbind(1)
     breaks = (picture.diff() != 0) | (row.diff() != 0) | (column.diff() < 0)

@@ -98,6 +98,7 @@ def luminanext() -> Rebound:
         sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_attention_heads=3,
         num_kv_heads=1, multiple_of=16, ffn_dim_multiplier=None, cross_attention_dim=32,
     )  # fmt: skip
+    nn.init.ones_(model.pad_token)  # uninitialised, and unused
     return picture(
         wake(model), (2, 4, 0), hidden_states=R(2, 4, 8, 12), timestep=T([0.5, 0.5]),
         encoder_hidden_states=R(2, 7, 32), encoder_mask=text_mask(),
