@@ -315,26 +315,23 @@ def patches_around_gist(
     """Bria Fibo 2: picture and references after the gist of the prompt, before it where its length differs."""
     grids = tuple((1, *patches(module, latents)) for latents in (hidden_states, *(context_latents or ())))
     grid: Grid = grids[0][1:] if len(grids) == 1 else grids
-    if encoder_attention_mask is None or torch.compiler.is_compiling():
-        return Reading(grid)
-    lengths = encoder_attention_mask.sum(dim=1)
-    if bool((lengths == lengths[0]).all()):
-        return Reading(grid)
-    counts = _gist_counts(module, lengths.tolist())
-    return Reading(grid, starts=torch.zeros_like(lengths) if min(counts) < max(counts) else None)
+    return Reading(grid, starts=None if encoder_attention_mask is None else _after_gist(module, encoder_attention_mask))
 
 
-def _gist_counts(module: Any, lengths: list[int]) -> list[int]:
+@torch.compiler.disable  # counts are read from the device, as the model itself does
+def _after_gist(module: Any, mask: torch.Tensor) -> torch.Tensor | None:
+    """[B] zeros where the pictures stand first, since samples differ in their gist; None where they stand last."""
     config, home = module.config, inspect.getmodule(type(module))
+    lengths = mask.sum(dim=1)
     counts: list[int] = home.compute_gist_count(  # type: ignore[union-attr]
-        lengths,
+        lengths.tolist(),
         min_gist=config.min_num_gist_tokens,
         max_gist=config.max_num_gist_tokens,
         gist_step=config.gist_step,
         min_text_len=config.gist_min_text_len,
         max_text_len=config.gist_max_text_len,
     )
-    return counts
+    return torch.zeros_like(lengths) if min(counts) < max(counts) else None
 
 
 # ---- videos ----
