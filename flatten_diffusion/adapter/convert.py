@@ -241,7 +241,7 @@ def _attach(
     register_like(AdapterAttnProcessor, AttnProcessor2_0)
     wrapped: dict[int, WrappedProcessor] = {}
     states: list[tuple[nn.Module, ConvertedLayer]] = []
-    hooked: dict[str, tuple[Finding, list[ConvertedLayer]]] = {}
+    hooked: dict[tuple[str, Any, tuple[str, ...]], tuple[Finding, list[ConvertedLayer]]] = {}
     min_tokens = config.min_tokens if isinstance(config.min_tokens, int) else 0
     for finding in findings:
         attn = finding.attn
@@ -257,7 +257,8 @@ def _attach(
         states.append((attn, state))
         # Without need of a grid too: the hook is also what replays a layer's state under checkpointing.
         if finding.family is not None and finding.family.read is not None:
-            hooked.setdefault(finding.owner_name, (finding, []))[1].append(state)
+            key = (finding.owner_name, finding.family.read, finding.family.arguments)
+            hooked.setdefault(key, (finding, []))[1].append(state)
     for finding, below in hooked.values():
         assert finding.owner is not None and finding.family is not None and finding.family.read is not None
         hook = GridHook(finding.family.read, finding.argument_positions, below)

@@ -20,14 +20,17 @@ from .attention import heads_first_product, tokens_first_product
 from .guiders import register_like
 from .layer import LAYER, MIXER, ConvertedLayer
 from .projections import SeenAttention
-from .sana import sana_attention
+from .sana import sana_attention, sana_video_attention
 
 _PRODUCTS = {
     "scaled_dot_product_attention": "_flatten_heads_first",
     "dispatch_attention_fn": "_flatten_tokens_first",
 }
 
-_HAND_WRITTEN: dict[str, Callable[..., Any]] = {"SanaLinearAttnProcessor2_0": sana_attention}
+_HAND_WRITTEN: dict[str, Callable[..., Any]] = {
+    "SanaLinearAttnProcessor2_0": sana_attention,
+    "SanaLinearAttnProcessor3_0": sana_video_attention,
+}
 """(native processor, attention module, its arguments) -> its output, for classes that call no product."""
 _CLASSES: dict[type, type[WrappedProcessor]] = {}
 """One class per native class, made at its first conversion."""

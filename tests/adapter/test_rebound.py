@@ -17,8 +17,11 @@ from ..models.tiny import assert_untouched, stir, train_towards_original
 from ..models.tiny_rebound import JOINT, REBOUND, build_rebound, position_ids
 
 ALL = ("q", "k", "v", "out")
-# No own output projection: Flux's and HunyuanVideo's single streams leave it to the block.
-WITHOUT_OUT = {"flux": 1, "chroma": 1, "hunyuanvideo": 1}
+# No own output projection: single streams of Flux and its kin leave it to the block.
+WITHOUT_OUT = dict.fromkeys(
+    ("flux", "chroma", "hunyuanvideo", "ovis", "longcat", "bria", "briafibo", "hunyuanimage", "flux_controlnet",
+     "framepack", "motifvideo"), 1
+) | {"luminanext": 2}  # fmt: skip
 
 
 def _convert(tiny, **settings):
