@@ -166,6 +166,9 @@ class AdapterAttnProcessor(FocusedLinearAttnProcessor):
     """What `linearize` puts on layers that ran AttnProcessor2_0: on a layer that carries no mixer it is diffusers' own
     default, so that one left behind (diffusers stashes processors while projections are fused) does nothing."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AdapterAttnProcessor, ()
+
     def _native(self, attn: Attention) -> Any:
         return native_processor(attn, fused=False)
 
