@@ -17,7 +17,7 @@ R, T = torch.randn, torch.tensor
 
 
 @dataclass
-class Rebound:
+class TinyWrapped:
     """A model, a call of it, the changes that turn its picture on its side, and what a conversion must find."""
 
     model: nn.Module
@@ -42,10 +42,10 @@ def _turn(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.transpose(-1, -2).contiguous()
 
 
-def _picture(model: nn.Module, counts: tuple[int, int, int], grid: Grid = (4, 6), **inputs: Any) -> Rebound:
+def _picture(model: nn.Module, counts: tuple[int, int, int], grid: Grid = (4, 6), **inputs: Any) -> TinyWrapped:
     """A model that is given `hidden_states` as a picture or video."""
     turned = {"hidden_states": _turn(inputs["hidden_states"])}
-    return Rebound(model, inputs, turned, grid, (*grid[:-2], grid[-1], grid[-2]), *counts)
+    return TinyWrapped(model, inputs, turned, grid, (*grid[:-2], grid[-1], grid[-2]), *counts)
 
 
 def position_ids(height: int, width: int, picture: int = 0, columns: int = 3) -> torch.Tensor:
@@ -57,7 +57,7 @@ def position_ids(height: int, width: int, picture: int = 0, columns: int = 3) ->
     return ids.reshape(height * width, columns)
 
 
-def hunyuandit() -> Rebound:
+def hunyuandit() -> TinyWrapped:
     from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
     model = diffusers.HunyuanDiT2DModel(
@@ -75,7 +75,7 @@ def hunyuandit() -> Rebound:
     return tiny
 
 
-def sd3() -> Rebound:
+def sd3() -> TinyWrapped:
     model = diffusers.SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=24, out_channels=4,
@@ -87,7 +87,7 @@ def sd3() -> Rebound:
     )  # fmt: skip
 
 
-def auraflow() -> Rebound:
+def auraflow() -> TinyWrapped:
     model = diffusers.AuraFlowTransformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=16, out_channels=4,
@@ -98,7 +98,7 @@ def auraflow() -> Rebound:
     )
 
 
-def _flux_like(model: nn.Module, columns: int = 3, **more: Any) -> Rebound:
+def _flux_like(model: nn.Module, columns: int = 3, **more: Any) -> TinyWrapped:
     inputs = {
         "hidden_states": R(2, 24, 4),
         "encoder_hidden_states": R(2, 7, 24),
@@ -107,10 +107,10 @@ def _flux_like(model: nn.Module, columns: int = 3, **more: Any) -> Rebound:
         "txt_ids": torch.zeros(7, columns),
         **more,
     }
-    return Rebound(model, inputs, {"img_ids": position_ids(6, 4, columns=columns)}, (4, 6), (6, 4), 2, 2, 2)
+    return TinyWrapped(model, inputs, {"img_ids": position_ids(6, 4, columns=columns)}, (4, 6), (6, 4), 2, 2, 2)
 
 
-def flux() -> Rebound:
+def flux() -> TinyWrapped:
     model = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, pooled_projection_dim=24, axes_dims_rope=(4, 4, 8), guidance_embeds=False,
@@ -118,7 +118,7 @@ def flux() -> Rebound:
     return _flux_like(model, pooled_projections=R(2, 24))
 
 
-def flux2() -> Rebound:
+def flux2() -> TinyWrapped:
     model = diffusers.Flux2Transformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
@@ -126,7 +126,7 @@ def flux2() -> Rebound:
     return _flux_like(model, columns=4)
 
 
-def chroma() -> Rebound:
+def chroma() -> TinyWrapped:
     model = diffusers.ChromaTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16,
@@ -137,7 +137,7 @@ def chroma() -> Rebound:
     return _flux_like(model, attention_mask=mask)
 
 
-def qwenimage() -> Rebound:
+def qwenimage() -> TinyWrapped:
     model = diffusers.QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, axes_dims_rope=(4, 4, 8),
@@ -149,7 +149,7 @@ def qwenimage() -> Rebound:
         "timestep": T([0.5, 0.5]),
         "img_shapes": [[(1, 4, 6)]] * 2,
     }
-    return Rebound(model, inputs, {"img_shapes": [[(1, 6, 4)]] * 2}, (1, 4, 6), (1, 6, 4), 2, 2, 2)
+    return TinyWrapped(model, inputs, {"img_shapes": [[(1, 6, 4)]] * 2}, (1, 4, 6), (1, 6, 4), 2, 2, 2)
 
 
 def _text_mask() -> torch.Tensor:
@@ -158,7 +158,7 @@ def _text_mask() -> torch.Tensor:
     return mask
 
 
-def cogview4() -> Rebound:
+def cogview4() -> TinyWrapped:
     model = diffusers.CogView4Transformer2DModel(
         patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, out_channels=4,
         text_embed_dim=24, time_embed_dim=8, condition_dim=4, rope_axes_dim=(256, 256),
@@ -169,7 +169,7 @@ def cogview4() -> Rebound:
     )  # fmt: skip
 
 
-def lumina2() -> Rebound:
+def lumina2() -> TinyWrapped:
     model = diffusers.Lumina2Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_refiner_layers=1,
         num_attention_heads=2, num_kv_heads=1, multiple_of=2, axes_dim_rope=(4, 4, 4), axes_lens=(32, 32, 32),
@@ -181,7 +181,7 @@ def lumina2() -> Rebound:
     )  # fmt: skip
 
 
-def hidream() -> Rebound:
+def hidream() -> TinyWrapped:
     model = diffusers.HiDreamImageTransformer2DModel(
         patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
         num_attention_heads=4, caption_channels=[24, 12], text_emb_dim=16, num_routed_experts=2,
@@ -194,7 +194,7 @@ def hidream() -> Rebound:
     )  # fmt: skip
 
 
-def omnigen() -> Rebound:
+def omnigen() -> TinyWrapped:
     model = diffusers.OmniGenTransformer2DModel(
         in_channels=4, patch_size=2, hidden_size=16, num_layers=2, num_attention_heads=2, num_key_value_heads=2,
         intermediate_size=32, pad_token_id=0, vocab_size=100, time_step_dim=4, pos_embed_max_size=16,
@@ -212,7 +212,7 @@ def omnigen() -> Rebound:
     )  # fmt: skip
 
 
-def zimage() -> Rebound:
+def zimage() -> TinyWrapped:
     model = diffusers.ZImageTransformer2DModel(
         all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2,
         n_kv_heads=2, qk_norm=True, cap_feat_dim=24, rope_theta=256.0, t_scale=1000.0, axes_dims=[4, 4, 8],
@@ -222,10 +222,10 @@ def zimage() -> Rebound:
         nn.init.zeros_(parameter)
     pictures = [R(4, 1, 8, 12), R(4, 1, 8, 12)]
     inputs = {"x": pictures, "t": T([0.5, 0.5]), "cap_feats": [R(7, 24), R(40, 24)]}
-    return Rebound(model, inputs, {"x": [_turn(x) for x in pictures]}, (1, 4, 6), (1, 6, 4), 3, 4, 3)
+    return TinyWrapped(model, inputs, {"x": [_turn(x) for x in pictures]}, (1, 4, 6), (1, 6, 4), 3, 4, 3)
 
 
-def prx() -> Rebound:
+def prx() -> TinyWrapped:
     model = diffusers.PRXTransformer2DModel(
         in_channels=4, patch_size=2, context_in_dim=24, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2,
         axes_dim=[8, 8],
@@ -239,7 +239,7 @@ def prx() -> Rebound:
     )  # fmt: skip
 
 
-def sana() -> Rebound:
+def sana() -> TinyWrapped:
     model = diffusers.SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=24,
@@ -253,7 +253,7 @@ def sana() -> Rebound:
     return tiny
 
 
-def cogvideox() -> Rebound:
+def cogvideox() -> TinyWrapped:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
     model = diffusers.CogVideoXTransformer3DModel(
@@ -270,7 +270,7 @@ def cogvideox() -> Rebound:
     return tiny
 
 
-def ltx() -> Rebound:
+def ltx() -> TinyWrapped:
     model = diffusers.LTXVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
         num_layers=2, caption_channels=24,
@@ -284,10 +284,10 @@ def ltx() -> Rebound:
         "height": 4,
         "width": 6,
     }
-    return Rebound(model, inputs, {"height": 6, "width": 4}, (2, 4, 6), (2, 6, 4), 2, 4)
+    return TinyWrapped(model, inputs, {"height": 6, "width": 4}, (2, 4, 6), (2, 6, 4), 2, 4)
 
 
-def wan() -> Rebound:
+def wan() -> TinyWrapped:
     model = diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
         freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
@@ -299,7 +299,7 @@ def wan() -> Rebound:
     )  # fmt: skip
 
 
-def hunyuanvideo() -> Rebound:
+def hunyuanvideo() -> TinyWrapped:
     model = diffusers.HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
         num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True, text_embed_dim=16,
@@ -312,7 +312,7 @@ def hunyuanvideo() -> Rebound:
     )  # fmt: skip
 
 
-def mochi() -> Rebound:
+def mochi() -> TinyWrapped:
     model = diffusers.MochiTransformer3DModel(
         patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16,
         in_channels=4, out_channels=None, qk_norm="rms_norm", text_embed_dim=16, time_embed_dim=4,
@@ -324,7 +324,7 @@ def mochi() -> Rebound:
     )  # fmt: skip
 
 
-def allegro() -> Rebound:
+def allegro() -> TinyWrapped:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
     model = diffusers.AllegroTransformer3DModel(
@@ -348,7 +348,7 @@ def allegro() -> Rebound:
     return tiny
 
 
-def stableaudio() -> Rebound:
+def stableaudio() -> TinyWrapped:
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
     model = diffusers.StableAudioDiTModel(
@@ -365,10 +365,10 @@ def stableaudio() -> Rebound:
         "rotary_embedding": ropes[0],
     }
     longer = {"hidden_states": R(2, 4, 20), "rotary_embedding": ropes[1]}
-    return Rebound(model, inputs, longer, (1, 16), (1, 20), 2, 4, 2)
+    return TinyWrapped(model, inputs, longer, (1, 16), (1, 20), 2, 4, 2)
 
 
-REBOUND: dict[str, Callable[[], Rebound]] = {
+WRAPPED: dict[str, Callable[[], TinyWrapped]] = {
     build.__name__: build
     for build in (
         hunyuandit, sd3, auraflow, flux, flux2, chroma, qwenimage, cogview4, lumina2, hidream, omnigen, zimage, prx,
@@ -376,14 +376,14 @@ REBOUND: dict[str, Callable[[], Rebound]] = {
     )
 }  # fmt: skip
 
-JOINT = [name for name in REBOUND if name not in ("hunyuandit", "sana", "ltx", "wan", "allegro")]
+JOINT = [name for name in WRAPPED if name not in ("hunyuandit", "sana", "ltx", "wan", "allegro")]
 
 
-def build_rebound(name: str, seed: int = 0) -> Rebound:
+def build_wrapped(name: str, seed: int = 0) -> TinyWrapped:
     """The tiny model `name`, in eval mode, the same at every call with the same seed."""
     torch.manual_seed(seed)
     try:
-        tiny = REBOUND[name]()
+        tiny = WRAPPED[name]()
     except AttributeError as error:
         if "module diffusers has no attribute" not in str(error):
             raise
