@@ -263,7 +263,7 @@ def _attach(
         assert finding.owner is not None and finding.family is not None and finding.family.read is not None
         hook = GridHook(finding.family.read, finding.argument_positions, below)
         finding.owner.register_forward_pre_hook(hook, with_kwargs=True)
-        finding.owner.register_forward_hook(EndHook(below))
+        finding.owner.register_forward_hook(EndHook(below), always_call=True)
     automatic = [(state, layers[state.name], place_of(attn)) for attn, state in states if state.auto]
     adapter = Adapter(model, config, [finding.name for finding in findings])
     for part in parts_of(model):

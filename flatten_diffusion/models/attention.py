@@ -135,8 +135,8 @@ def exchange(
     if reason is not None:
         if layer.merged or (isinstance(seen, SeenAttention) and seen.has_deltas):
             raise RuntimeError(
-                f"{layer.name}: this call needs softmax ({reason}), but its projections carry what was learned: "
-                "call the model without it, or inside adapter.disabled()."
+                f"{layer.name}: this call needs softmax ({reason}), but its projections carry what the adapter "
+                "learned: call the model without it, or inside adapter.disabled()."
             )
         if not torch.compiler.is_compiling():
             layer.last_softmax = reason

@@ -68,7 +68,7 @@ def softmax_below(x: torch.Tensor, kind: Kind) -> int:
 def softmax_below_on(device: torch.device, dtype: torch.dtype, kind: Kind) -> int:
     """The same for a device and a dtype."""
     if torch.compiler.is_compiling():
-        settings = json.dumps(kind.mixer.to_dict())
+        settings = tuple(kind.mixer.to_dict().items())  # a graph takes constants only
         return _constant(device.type, device.index, dtype, settings, *kind.shape, kind.text, kind.window)
     key = (device, dtype, kind)
     return _found[key] if key in _found else _find(*key)
@@ -129,7 +129,7 @@ def _constant(
     device_type: str,
     index: int | None,
     dtype: torch.dtype,
-    settings: str,
+    settings: tuple[tuple[str, Any], ...],
     heads: int,
     head_dim: int,
     channels: int,
@@ -138,7 +138,7 @@ def _constant(
 ) -> int:
     """Runs while torch.compile traces; the graph only sees the number."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
-    kind = Kind(mixer_config(json.loads(settings)), LayerShape(heads, head_dim, channels), text, window)
+    kind = Kind(mixer_config(dict(settings)), LayerShape(heads, head_dim, channels), text, window)
     key = (device, dtype, kind)
     return _found[key] if key in _found else _find(*key)
 

@@ -44,7 +44,7 @@ class GridHook:
 
 
 class EndHook:
-    """Forward hook of the same module: what the pass knew is gone after it.
+    """Forward hook of the same module: what the pass knew is gone after it, also when it fails.
 
     Args:
         layers: those of the `GridHook`.

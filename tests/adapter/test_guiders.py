@@ -11,7 +11,7 @@ from flatten_diffusion import AdapterConfig, linearize, restore
 
 from ..distill.tiny import tiny_pipeline
 from ..models.tiny import build, stir
-from ..models.tiny_rebound import build_rebound
+from ..models.tiny_wrapped import build_wrapped
 
 apply_layer_skip = diffusers.hooks.apply_layer_skip
 
@@ -29,7 +29,7 @@ def _unhook(model: torch.nn.Module) -> None:
 )
 def test_skipped_attention_is_skipped_converted_too(name: str, scores: bool) -> None:
     """With every layer skipped, nothing of attention is left: converted and native are one."""
-    tiny = build(name) if name == "pixart" else build_rebound(name)
+    tiny = build(name) if name == "pixart" else build_wrapped(name)
     stack = next(n for n in ("transformer_blocks", "blocks") if hasattr(tiny.model, n))
     blocks = list(range(len(getattr(tiny.model, stack))))
     config = LayerSkipConfig(blocks, fqn=stack, skip_attention=not scores, skip_attention_scores=scores, skip_ff=False)

@@ -12,11 +12,11 @@ import torch
 from flatten_diffusion import AdapterConfig, linearize, load_adapter, restore
 
 from ..models.tiny import stir
-from ..models.tiny_rebound import build_rebound
+from ..models.tiny_wrapped import build_wrapped
 
 
 def _pipeline() -> tuple[Any, list[Any]]:
-    models = [build_rebound("wan") for _ in range(2)]
+    models = [build_wrapped("wan") for _ in range(2)]
     with torch.no_grad():
         for parameter in models[1].model.parameters():
             parameter.mul_(1.1)

@@ -17,7 +17,7 @@ from flatten_diffusion.mixers.registry import MixerNames, mixer_class
 
 from ..distill.tiny import sharpen
 from ..models.tiny import build, stir
-from ..models.tiny_rebound import build_rebound
+from ..models.tiny_wrapped import build_wrapped
 from .registered import CONFIGS, IDS, OWN, stirred, tensors
 
 every_example = pytest.mark.parametrize("config", CONFIGS, ids=IDS)
@@ -214,7 +214,7 @@ def test_calibration_lowers_the_error_of_every_layer(name: str) -> None:
 @every_mixer
 @pytest.mark.parametrize(("model", "feature"), [("wan", "frames"), ("mochi", "frames"), ("hunyuanvideo", "mask")])
 def test_what_it_does_not_support_is_softmax_and_says_so(name: str, model: str, feature: str) -> None:
-    tiny = build_rebound(model)
+    tiny = build_wrapped(model)
     with torch.no_grad():
         native = tiny()
         adapter = linearize(tiny.model, AdapterConfig(mixer=name, include=tiny.include))
@@ -234,13 +234,13 @@ def test_it_takes_text_beside_it(name: str, window: int) -> None:
     cls = mixer_class(name)
     if window and "window" not in cls.supports:
         with pytest.raises(ValueError, match=f"{name} .*windows"):
-            linearize(build_rebound("sd3").model, AdapterConfig(mixer=name, window=window))
+            linearize(build_wrapped("sd3").model, AdapterConfig(mixer=name, window=window))
         return
     if "text" not in cls.supports:
         with pytest.raises(ValueError, match=f"{name} .*other tokens"):
-            linearize(build_rebound("sd3").model, AdapterConfig(mixer=name, window=window))
+            linearize(build_wrapped("sd3").model, AdapterConfig(mixer=name, window=window))
         return
-    tiny = build_rebound("sd3")
+    tiny = build_wrapped("sd3")
     with torch.no_grad():
         native = tiny()
         adapter = linearize(tiny.model, AdapterConfig(mixer=name, window=window))
@@ -288,7 +288,7 @@ def test_a_mixer_without_parameters_or_support(tmp_path: Any) -> None:
         adapter.save_pretrained(tmp_path)
         load_adapter(build("sd15").model, tmp_path)
         with pytest.raises(ValueError, match="test_alone"):
-            linearize(build_rebound("sd3").model, AdapterConfig(mixer="test_alone"))
+            linearize(build_wrapped("sd3").model, AdapterConfig(mixer="test_alone"))
         with pytest.raises(ValueError, match="taken by Alone"):
             register_mixer("test_alone")(Alone)
     finally:

@@ -22,7 +22,7 @@ from flatten_diffusion.models import FAMILIES, REFUSED, readings, survey
 
 from .tiny import build, stir
 from .tiny_parts import T, position_ids
-from .tiny_rebound import build_rebound
+from .tiny_wrapped import build_wrapped
 
 _OUTSIDE = ("outside the families", "joint text-image attention", "image and text keys share one softmax")
 
@@ -39,14 +39,14 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "TransformerTemporalModel": {"in_channels": 32},
 }  # fmt: skip
 _TINY: dict[str, Callable[[], Any]] = {
-    "EasyAnimateTransformer3DModel": partial(build_rebound, "easyanimate"),
-    "HiDreamImageTransformer2DModel": partial(build_rebound, "hidream"),
-    "HunyuanDiT2DControlNetModel": partial(build_rebound, "hunyuandit_controlnet"),
-    "HunyuanDiT2DModel": partial(build_rebound, "hunyuandit"),
+    "EasyAnimateTransformer3DModel": partial(build_wrapped, "easyanimate"),
+    "HiDreamImageTransformer2DModel": partial(build_wrapped, "hidream"),
+    "HunyuanDiT2DControlNetModel": partial(build_wrapped, "hunyuandit_controlnet"),
+    "HunyuanDiT2DModel": partial(build_wrapped, "hunyuandit"),
     "LatteTransformer3DModel": partial(build, "latte"),
-    "LuminaNextDiT2DModel": partial(build_rebound, "luminanext"),
-    "OmniGenTransformer2DModel": partial(build_rebound, "omnigen"),
-    "ZImageControlNetModel": partial(build_rebound, "zimage_controlnet"),
+    "LuminaNextDiT2DModel": partial(build_wrapped, "luminanext"),
+    "OmniGenTransformer2DModel": partial(build_wrapped, "omnigen"),
+    "ZImageControlNetModel": partial(build_wrapped, "zimage_controlnet"),
 }
 
 
@@ -131,7 +131,7 @@ def _grids(adapter):
 
 
 def test_flux3_reads_its_picture_its_references_and_both():
-    tiny = build_rebound("flux3")
+    tiny = build_wrapped("flux3")
     adapter = linearize(tiny.model)
     with torch.no_grad():
         tiny()
@@ -146,7 +146,7 @@ def test_flux3_reads_its_picture_its_references_and_both():
 
 @pytest.mark.parametrize(("name", "audio"), [("ltx2", "audio_attn1"), ("kandinsky6", "audio_dec_block.self_attention")])
 def test_audio_beside_a_video_has_a_grid_of_its_own(name, audio):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     with torch.no_grad():
         native = tiny()
         adapter = linearize(tiny.model)
@@ -160,7 +160,7 @@ def test_audio_beside_a_video_has_a_grid_of_its_own(name, audio):
 
 
 def test_layers_that_are_linear_already_are_left_alone():
-    reasons = {finding.name: finding.reason for finding in survey(build_rebound("acestep").model)}
+    reasons = {finding.name: finding.reason for finding in survey(build_wrapped("acestep").model)}
     assert reasons["layers.0.self_attn"].startswith("attends within a sliding window")
     assert reasons["layers.1.self_attn"] is None
 
@@ -180,13 +180,13 @@ def test_a_unet_that_only_attends_to_text_keeps_it():
 
 def test_sparse_attention_of_kandinsky5_stays():
     reading = readings.dense_channels_last_video(
-        build_rebound("kandinsky5").model, torch.zeros(1, 2, 8, 12, 4), {"P": 0.9}
+        build_wrapped("kandinsky5").model, torch.zeros(1, 2, 8, 12, 4), {"P": 0.9}
     )
     assert reading.softmax is not None and reading.grid == (2, 4, 6)
 
 
 def test_other_tokens_between_the_videos_of_cosmos3_keep_softmax():
-    model = build_rebound("cosmos3").model
+    model = build_wrapped("cosmos3").model
     assert readings.packed_video(model, [(2, 4, 6)], 7, 55).softmax is None
     assert "sound or action" in str(readings.packed_video(model, [(2, 4, 6)], 7, 60).softmax)
 
@@ -208,7 +208,7 @@ def test_the_video_of_minimax_follows_its_references():
 
 
 def test_bria_fibo2_stands_first_where_gists_differ():
-    tiny = build_rebound("briafibo2")
+    tiny = build_wrapped("briafibo2")
     adapter = linearize(tiny.model)
     stir(adapter)
     mask = torch.ones(2, 9, dtype=torch.bool)
@@ -265,7 +265,7 @@ _ALL = ("hidden_states", "encoder_hidden_states", "position_ids", "segment_ids",
     ],
 )
 def test_a_padded_sample_gives_what_it_gives_alone(name, cuts):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     stir(linearize(tiny.model))
     with torch.no_grad():
         together = tiny.model(**tiny.inputs)[0][1]
@@ -274,7 +274,7 @@ def test_a_padded_sample_gives_what_it_gives_alone(name, cuts):
 
 
 def test_padding_of_a_signal_does_not_matter():
-    tiny = build_rebound("longcataudio")
+    tiny = build_wrapped("longcataudio")
     stir(linearize(tiny.model))
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[1, 12:] = False

@@ -4,7 +4,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 
-from flatten_diffusion import AdapterConfig, linearize
+from flatten_diffusion import AdapterConfig, FocusedLinearConfig, linearize
 from flatten_diffusion.models import FAMILIES, survey
 
 from .tiny import CONVERTIBLE, build
@@ -42,7 +42,7 @@ def test_a_picture_input_needs_no_record_of_its_grid():
     adapter = linearize(tiny.model)
     seen = []
     for _, mixer in adapter.mixers():
-        mixer.register_forward_pre_hook(lambda module, args: seen.append(args[3]))
+        mixer.register_forward_pre_hook(lambda module, args: seen.append(args[3].grid))
     with torch.no_grad():
         tiny()
     assert set(seen) == {(8, 12)} and len(seen) == 4

@@ -10,8 +10,8 @@ import threading
 import pytest
 import torch
 
-from flatten_diffusion.ops import crossover
-from flatten_diffusion.ops.crossover import UNMEASURED_TOKENS, Crossover, find_crossover, known_crossover, search
+from flatten_diffusion.models import timing
+from flatten_diffusion.models.timing import UNMEASURED_TOKENS, Timings, find_crossover, known_timings, search
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FLATTEN_DIFFUSION_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(crossover, "_known", {})
+    monkeypatch.setattr(timing, "_known", {})
     return tmp_path / "cache"
 
 
@@ -39,12 +39,12 @@ def machine(meets_at, overhead=0.0):
 def timed(monkeypatch):
     """Counts timings; every kind meets at 1000 tokens."""
     ratio_at, sizes = machine(1000)
-    monkeypatch.setattr(crossover, "_time_ratio", lambda runs_at, side, device: ratio_at(side))
+    monkeypatch.setattr(timing, "_time_ratio", lambda runs_at, side, device: ratio_at(side))
     return sizes
 
 
 def forget():
-    crossover._known.clear()
+    timing._known.clear()
 
 
 # --- the search -------------------------------------------------------------------------------------------------------
@@ -76,17 +76,17 @@ def test_one_slow_size_in_between_moves_the_crossover_beyond_it():
 
 def test_out_of_time_is_said(monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr(crossover.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
     found = search(machine(2000)[0], 3.5)
     assert not found.complete and len(found.ratios) == 4 and found.tokens == 2000
 
 
 def test_ratio_between_the_sizes_timed():
-    found = Crossover(100, {64: 2.0, 256: 0.5})
+    found = Timings(100, {64: 2.0, 256: 0.5})
     assert found.ratio_at(64) == pytest.approx(2.0) and found.ratio_at(256) == pytest.approx(0.5)
     assert found.ratio_at(128) == pytest.approx(1.0)
     assert found.ratio_at(63) is None and found.ratio_at(257) is None
-    assert Crossover(5, {}).ratio_at(64) is None and Crossover(5, {16: 3.0}).ratio_at(16) == 3.0
+    assert Timings(5, {}).ratio_at(64) is None and Timings(5, {16: 3.0}).ratio_at(16) == 3.0
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -112,21 +112,21 @@ def test_what_tells_entries_apart(timed, monkeypatch):
             if "torch" in change:
                 patch.setattr(torch, "__version__", "9.9")
             if "package" in change:
-                patch.setattr(crossover, "__version__", "9.9")
+                patch.setattr(timing, "__version__", "9.9")
             if "threads" in change:
                 patch.setattr(torch, "get_num_threads", lambda: 77)
             if "name" in change:
-                patch.setattr(crossover, "device_name", lambda device: "another")
+                patch.setattr(timing, "device_name", lambda device: "another")
             forget()
             before = len(timed)
             find_crossover(change.get("kind", "a"), CPU, change.get("dtype", torch.float32), None)
             assert len(timed) > before, change
-    keys = json.loads(crossover.cache_file().read_text())["crossovers"].keys()
+    keys = json.loads(timing.cache_file().read_text())["crossovers"].keys()
     assert len(keys) == 7
 
 
 def test_looking_up_times_nothing(timed):
-    assert known_crossover("a", CPU, torch.float32) is None
+    assert known_timings("a", CPU, torch.float32) is None
     assert timed == []
 
 
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_timed_again_and_replaced(timed, folder, content):
     find_crossover("a", CPU, torch.float32, None)
     assert timed
     forget()
-    assert known_crossover("a", CPU, torch.float32) is not None
+    assert known_timings("a", CPU, torch.float32) is not None
 
 
 def test_one_bad_entry_leaves_the_others(timed, folder):
@@ -160,18 +160,18 @@ def test_one_bad_entry_leaves_the_others(timed, folder):
     content["crossovers"][bad] = {"tokens": "many"}
     path.write_text(json.dumps(content))
     forget()
-    assert known_crossover("a", CPU, torch.float32) is not None
-    assert known_crossover("b", CPU, torch.float32) is None
+    assert known_timings("a", CPU, torch.float32) is not None
+    assert known_timings("b", CPU, torch.float32) is None
 
 
 def test_where_the_file_is(monkeypatch, tmp_path):
-    assert crossover.cache_file().parent == tmp_path / "cache"
+    assert timing.cache_file().parent == tmp_path / "cache"
     monkeypatch.delenv("FLATTEN_DIFFUSION_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert crossover.cache_file() == tmp_path / "xdg" / "flatten_diffusion" / "crossover.json"
+    assert timing.cache_file() == tmp_path / "xdg" / "flatten_diffusion" / "crossover.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert crossover.cache_file() == tmp_path / "home" / ".cache" / "flatten_diffusion" / "crossover.json"
+    assert timing.cache_file() == tmp_path / "home" / ".cache" / "flatten_diffusion" / "crossover.json"
 
 
 def test_a_folder_that_cannot_be_written_only_costs_timing_again(timed, folder, caplog):
@@ -191,7 +191,7 @@ def test_an_interrupted_write_leaves_the_earlier_file(timed, folder, monkeypatch
 
 
 def test_a_search_out_of_time_is_not_kept(monkeypatch, folder):
-    monkeypatch.setattr(crossover, "search", lambda ratio_at, seconds: Crossover(123, {16: 2.0}, complete=False))
+    monkeypatch.setattr(timing, "search", lambda ratio_at, seconds: Timings(123, {16: 2.0}, complete=False))
     assert find_crossover("a", CPU, torch.float32, None).tokens == 123
     assert not (folder / "crossover.json").exists()
 
@@ -200,9 +200,9 @@ def test_what_cannot_be_timed_gets_a_guess_that_is_not_kept(monkeypatch, folder,
     def fails(runs_at, side, device):
         raise RuntimeError("no kernel image is available\nsecond line")
 
-    monkeypatch.setattr(crossover, "_time_ratio", fails)
+    monkeypatch.setattr(timing, "_time_ratio", fails)
     with caplog.at_level(logging.WARNING):
-        assert find_crossover("a", CPU, torch.float32, None) == Crossover(UNMEASURED_TOKENS, {})
+        assert find_crossover("a", CPU, torch.float32, None) == Timings(UNMEASURED_TOKENS, {})
     assert "no kernel image" in caplog.text and "second line" not in caplog.text
     assert find_crossover("a", torch.device("meta"), torch.float32, None).tokens == UNMEASURED_TOKENS
     assert not folder.exists()
@@ -232,7 +232,7 @@ def test_threads_time_once(timed):
 
 
 def test_timing_runs_both_in_turn_without_gradients(monkeypatch):
-    monkeypatch.setattr(crossover, "_SECONDS_PER_SIZE", 0.0)
+    monkeypatch.setattr(timing, "_SECONDS_PER_SIZE", 0.0)
     calls = []
 
     def runs_at(side):
@@ -243,5 +243,5 @@ def test_timing_runs_both_in_turn_without_gradients(monkeypatch):
         return lambda: run(f"linear{side}"), lambda: run(f"softmax{side}")
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert crossover._time_ratio(runs_at, 3, CPU) > 0
+        assert timing._time_ratio(runs_at, 3, CPU) > 0
     assert calls == ["linear3", "softmax3"] * 7  # two to warm up, five timed

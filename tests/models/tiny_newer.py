@@ -13,22 +13,22 @@ from torch import nn
 
 from flatten_diffusion.mixers import Grid
 
-from .tiny_parts import R, Rebound, T, flux_like, picture, position_ids, text_mask, turn, wake
+from .tiny_parts import R, T, TinyWrapped, flux_like, picture, position_ids, text_mask, turn, wake
 
 STREAM = {"attention_head_dim": 16, "num_attention_heads": 2}
 
 
-def _sized(model: nn.Module, counts: tuple[int, int, int], grid: Grid, name: str, **inputs: Any) -> Rebound:
+def _sized(model: nn.Module, counts: tuple[int, int, int], grid: Grid, name: str, **inputs: Any) -> TinyWrapped:
     """A model that is given its picture as the argument `name`, as well as pictures of its size under other names."""
     pictures = [name, *(n for n in ("controlnet_cond", "padding_mask", "latents", "condition_mask") if n in inputs)]
     turned = {n: turn(inputs[n]) for n in pictures}
-    return Rebound(wake(model), inputs, turned, grid, (*grid[:-2], grid[-1], grid[-2]), *counts)
+    return TinyWrapped(wake(model), inputs, turned, grid, (*grid[:-2], grid[-1], grid[-2]), *counts)
 
 
 # ---- UNets ----
 
 
-def unclip() -> Rebound:
+def unclip() -> TinyWrapped:
     model = diffusers.UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, norm_num_groups=8, block_out_channels=(16,),
         cross_attention_dim=24, down_block_types=("SimpleCrossAttnDownBlock2D",), attention_head_dim=8,
@@ -40,7 +40,7 @@ def unclip() -> Rebound:
     )
 
 
-def cascade() -> Rebound:
+def cascade() -> TinyWrapped:
     model = diffusers.StableCascadeUNet(
         in_channels=4, out_channels=4, timestep_ratio_embedding_dim=8, conditioning_dim=16, block_out_channels=(16,),
         num_attention_heads=(2,), down_num_layers_per_block=(1,), up_num_layers_per_block=(1,), dropout=(0.0,),
@@ -53,7 +53,7 @@ def cascade() -> Rebound:
     )  # fmt: skip
 
 
-def kandinsky3() -> Rebound:
+def kandinsky3() -> TinyWrapped:
     model = diffusers.Kandinsky3UNet(
         in_channels=4, time_embedding_dim=8, groups=2, attention_head_dim=4, layers_per_block=2,
         block_out_channels=(8, 8, 8, 8), cross_attention_dim=12, encoder_hid_dim=12,
@@ -66,7 +66,7 @@ def kandinsky3() -> Rebound:
     return tiny
 
 
-def dreamlite() -> Rebound:
+def dreamlite() -> TinyWrapped:
     model = diffusers.DreamLiteUNetModel(
         block_out_channels=(16,), down_block_types=("DreamLiteCrossAttnDownBlock2D",), layers_per_block=1,
         up_block_types=("DreamLiteCrossAttnUpBlock2D",), cross_attention_dim=24, attention_head_dim=2,
@@ -80,7 +80,7 @@ def dreamlite() -> Rebound:
 # ---- images ----
 
 
-def cogview3plus() -> Rebound:
+def cogview3plus() -> TinyWrapped:
     model = diffusers.CogView3PlusTransformer2DModel(
         patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, out_channels=4,
         text_embed_dim=24, time_embed_dim=8, condition_dim=4, pos_embed_max_size=8, sample_size=8,
@@ -91,7 +91,7 @@ def cogview3plus() -> Rebound:
     )  # fmt: skip
 
 
-def luminanext() -> Rebound:
+def luminanext() -> TinyWrapped:
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
     model = diffusers.LuminaNextDiT2DModel(
@@ -106,7 +106,7 @@ def luminanext() -> Rebound:
     )  # fmt: skip
 
 
-def ovis() -> Rebound:
+def ovis() -> TinyWrapped:
     model = diffusers.OvisImageTransformer2DModel(
         in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=24,
         axes_dims_rope=(4, 4, 8), **STREAM,
@@ -114,7 +114,7 @@ def ovis() -> Rebound:
     return flux_like(model)
 
 
-def longcat() -> Rebound:
+def longcat() -> TinyWrapped:
     model = diffusers.LongCatImageTransformer2DModel(
         in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=24, pooled_projection_dim=24,
         axes_dims_rope=[4, 4, 8], **STREAM,
@@ -122,14 +122,14 @@ def longcat() -> Rebound:
     return flux_like(model)
 
 
-def bria() -> Rebound:
+def bria() -> TinyWrapped:
     model = diffusers.BriaTransformer2DModel(
         in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=24, axes_dims_rope=[0, 8, 8], **STREAM
     )
     return flux_like(model)
 
 
-def briafibo() -> Rebound:
+def briafibo() -> TinyWrapped:
     model = diffusers.BriaFiboTransformer2DModel(
         in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=24, axes_dims_rope=[0, 8, 8],
         text_encoder_dim=12, **STREAM,
@@ -137,7 +137,7 @@ def briafibo() -> Rebound:
     return flux_like(model, text_encoder_layers=[R(2, 7, 12), R(2, 7, 12)])
 
 
-def briafibo2() -> Rebound:
+def briafibo2() -> TinyWrapped:
     model = diffusers.BriaFibo2Transformer2DModel(
         in_channels=4, patch_size=2, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=24,
         injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=4, max_num_gist_tokens=8, gist_step=2,
@@ -149,7 +149,7 @@ def briafibo2() -> Rebound:
     )  # fmt: skip
 
 
-def flux3() -> Rebound:
+def flux3() -> TinyWrapped:
     model = diffusers.Flux3Transformer2DModel(
         in_channels=4, cond_in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=24,
         timestep_channels=16, axes_dims_rope=(4, 4, 4, 4), **STREAM,
@@ -161,7 +161,7 @@ def flux3() -> Rebound:
     return tiny
 
 
-def krea2() -> Rebound:
+def krea2() -> TinyWrapped:
     model = diffusers.Krea2Transformer2DModel(
         in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=24, num_text_layers=2, text_num_attention_heads=2,
@@ -176,10 +176,10 @@ def krea2() -> Rebound:
         "position_ids": ids[0],
         "encoder_attention_mask": text_mask(),
     }
-    return Rebound(wake(model), inputs, {"position_ids": ids[1]}, (4, 6), (6, 4), 2, 4, 2)
+    return TinyWrapped(wake(model), inputs, {"position_ids": ids[1]}, (4, 6), (6, 4), 2, 4, 2)
 
 
-def ideogram4() -> Rebound:
+def ideogram4() -> TinyWrapped:
     model = diffusers.Ideogram4Transformer2DModel(
         in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, intermediate_size=32, adaln_dim=8,
         llm_features_dim=24, mrope_section=(4, 2, 2),
@@ -202,10 +202,10 @@ def ideogram4() -> Rebound:
         "segment_ids": segments,
         "indicator": indicator,
     }
-    return Rebound(wake(model), inputs, {"position_ids": ids(6, 4)}, (4, 6), (6, 4), 2, 2, 2)
+    return TinyWrapped(wake(model), inputs, {"position_ids": ids(6, 4)}, (4, 6), (6, 4), 2, 2, 2)
 
 
-def ernie() -> Rebound:
+def ernie() -> TinyWrapped:
     model = diffusers.ErnieImageTransformer2DModel(
         hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=32, in_channels=4, out_channels=4,
         patch_size=2, text_in_dim=24, rope_axes_dim=(4, 6, 6),
@@ -216,7 +216,7 @@ def ernie() -> Rebound:
     )  # fmt: skip
 
 
-def glm() -> Rebound:
+def glm() -> TinyWrapped:
     model = diffusers.GlmImageTransformer2DModel(
         patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         text_embed_dim=24, time_embed_dim=8, condition_dim=4, prior_vq_quantizer_codebook_size=16,
@@ -228,7 +228,7 @@ def glm() -> Rebound:
     )  # fmt: skip
 
 
-def qwenimage21() -> Rebound:
+def qwenimage21() -> TinyWrapped:
     """A reference of 2 x 4 tokens stands between its text and the target's."""
     model = diffusers.QwenImage21Transformer2DModel(
         patch_size=1, in_channels=4, out_channels=4, num_layers=2, context_in_dim=24, axes_dims_rope=(4, 4, 8), **STREAM
@@ -246,10 +246,10 @@ def qwenimage21() -> Rebound:
         "encoder_hidden_states_mask": text,
     }
     turned = {"img_shapes": [[(1, 2, 4), (1, 6, 4)]] * 2}
-    return Rebound(wake(model), inputs, turned, (1, 4, 6), (1, 6, 4), 2, 2, 2)
+    return TinyWrapped(wake(model), inputs, turned, (1, 4, 6), (1, 6, 4), 2, 2, 2)
 
 
-def nucleus() -> Rebound:
+def nucleus() -> TinyWrapped:
     model = diffusers.NucleusMoEImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=2, num_key_value_heads=1, joint_attention_dim=24,
         axes_dims_rope=(4, 4, 8), moe_enabled=False, capacity_factors=[1.0, 1.0], **STREAM,
@@ -261,10 +261,10 @@ def nucleus() -> Rebound:
         "encoder_hidden_states_mask": text_mask(),
         "timestep": T([0.5, 0.5]),
     }
-    return Rebound(wake(model), inputs, {"img_shapes": [(1, 6, 4)] * 2}, (1, 4, 6), (1, 6, 4), 2, 2, 2)
+    return TinyWrapped(wake(model), inputs, {"img_shapes": [(1, 6, 4)] * 2}, (1, 4, 6), (1, 6, 4), 2, 2, 2)
 
 
-def hunyuanimage() -> Rebound:
+def hunyuanimage() -> TinyWrapped:
     model = diffusers.HunyuanImageTransformer2DModel(
         in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=(2, 2),
         text_embed_dim=16, rope_axes_dim=(8, 8), **STREAM,
@@ -275,7 +275,7 @@ def hunyuanimage() -> Rebound:
     )  # fmt: skip
 
 
-def joyimage() -> Rebound:
+def joyimage() -> TinyWrapped:
     model = diffusers.JoyImageEditTransformer3DModel(
         in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=24, num_layers=2, rope_dim_list=[4, 6, 6]
     )
@@ -285,7 +285,7 @@ def joyimage() -> Rebound:
     )  # fmt: skip
 
 
-def joyimageplus() -> Rebound:
+def joyimageplus() -> TinyWrapped:
     model = diffusers.JoyImageEditPlusTransformer3DModel(
         in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=24, num_layers=2, rope_dim_list=[4, 6, 6]
     )
@@ -296,10 +296,10 @@ def joyimageplus() -> Rebound:
         "encoder_hidden_states_mask": text_mask().float(),
         "shape_list": [[(1, 4, 6)]] * 2,
     }
-    return Rebound(wake(model), inputs, {"shape_list": [[(1, 6, 4)]] * 2}, (1, 4, 6), (1, 6, 4), 2, 2, 2)
+    return TinyWrapped(wake(model), inputs, {"shape_list": [[(1, 6, 4)]] * 2}, (1, 4, 6), (1, 6, 4), 2, 2, 2)
 
 
-def kandinsky5() -> Rebound:
+def kandinsky5() -> TinyWrapped:
     model = diffusers.Kandinsky5Transformer3DModel(
         in_visual_dim=4, in_text_dim=24, in_text_dim2=8, time_dim=16, out_visual_dim=4, model_dim=32, ff_dim=32,
         num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6),
@@ -317,10 +317,10 @@ def kandinsky5() -> Rebound:
         "text_rope_pos": torch.arange(7),
     }
     turned = {"hidden_states": inputs["hidden_states"].transpose(2, 3), "visual_rope_pos": positions(2, 6, 4)}
-    return Rebound(wake(model), inputs, turned, (2, 4, 6), (2, 6, 4), 2, 5)
+    return TinyWrapped(wake(model), inputs, turned, (2, 4, 6), (2, 6, 4), 2, 5)
 
 
-def kandinsky6() -> Rebound:
+def kandinsky6() -> TinyWrapped:
     model = diffusers.Kandinsky6Transformer3DModel(
         in_visual_dim=4, out_visual_dim=4, in_text_dim=24, in_text_dim2=8, time_dim=16, model_dim=32, ff_dim=32,
         num_text_blocks=1, num_visual_blocks=1, axes_dims=(4, 6, 6), visual_cond=False, in_audio_dim=4, out_audio_dim=4,
@@ -334,10 +334,10 @@ def kandinsky6() -> Rebound:
     }
     turned = {"hidden_states": inputs["hidden_states"].transpose(2, 3)}
     include = ["*.video_dec_block.self_attention"]
-    return Rebound(wake(model), inputs, turned, (2, 4, 6), (2, 6, 4), 1, 8, include=include)
+    return TinyWrapped(wake(model), inputs, turned, (2, 4, 6), (2, 6, 4), 1, 8, include=include)
 
 
-def cosmos() -> Rebound:
+def cosmos() -> TinyWrapped:
     model = diffusers.CosmosTransformer3DModel(
         in_channels=4, out_channels=4, num_layers=2, text_embed_dim=24, adaln_lora_dim=4, max_size=(4, 32, 32),
         extra_pos_embed_type=None, mlp_ratio=2.0, concat_padding_mask=False, **STREAM,
@@ -348,7 +348,7 @@ def cosmos() -> Rebound:
     )  # fmt: skip
 
 
-def cosmos3() -> Rebound:
+def cosmos3() -> TinyWrapped:
     """One sample: a prompt of seven tokens, then a video of two frames; 31 rotary channels by axis."""
     model = diffusers.Cosmos3OmniTransformer(
         head_dim=16, hidden_size=32, intermediate_size=32, latent_channel=4, num_attention_heads=2, num_hidden_layers=2,
@@ -369,10 +369,10 @@ def cosmos3() -> Rebound:
         "vision_noisy_frame_indexes": [torch.arange(2)],
     }
     turned = {"vision_tokens": [turn(video)], "vision_token_shapes": [(2, 6, 4)]}
-    return Rebound(wake(model), inputs, turned, (2, 4, 6), (2, 6, 4), 2, 2, 2, batch=1)
+    return TinyWrapped(wake(model), inputs, turned, (2, 4, 6), (2, 6, 4), 2, 2, 2, batch=1)
 
 
-def minimaxh3() -> Rebound:
+def minimaxh3() -> TinyWrapped:
     """[7 text, 4 audio, 2 x 4 x 6 video]."""
     model = diffusers.MiniMaxH3Transformer3DModel(
         num_attention_heads=2, attention_head_dim=16, hidden_size=32, num_layers=2, num_refiner_layers=1, ffn_dim=32,
@@ -399,10 +399,10 @@ def minimaxh3() -> Rebound:
         "audio_indices": torch.arange(7, 11),
         "text_indices": torch.arange(7),
     }
-    return Rebound(wake(model), inputs, {"position_ids": ids(6, 4)}, (2, 4, 6), (2, 6, 4), 2, 3, 2)
+    return TinyWrapped(wake(model), inputs, {"position_ids": ids(6, 4)}, (2, 4, 6), (2, 6, 4), 2, 3, 2)
 
 
-def sanavideo() -> Rebound:
+def sanavideo() -> TinyWrapped:
     model = diffusers.SanaVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
         num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=24,
@@ -419,7 +419,7 @@ def sanavideo() -> Rebound:
 # ---- ControlNets ----
 
 
-def sd3_controlnet() -> Rebound:
+def sd3_controlnet() -> TinyWrapped:
     model = diffusers.SD3ControlNetModel(
         sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=24, out_channels=4,
@@ -431,7 +431,7 @@ def sd3_controlnet() -> Rebound:
     )  # fmt: skip
 
 
-def flux_controlnet() -> Rebound:
+def flux_controlnet() -> TinyWrapped:
     model = diffusers.FluxControlNetModel(
         in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=24, pooled_projection_dim=24,
         axes_dims_rope=[4, 4, 8], num_mode=3, **STREAM,
@@ -440,7 +440,7 @@ def flux_controlnet() -> Rebound:
     return flux_like(wake(model), pooled_projections=R(2, 24), controlnet_cond=R(2, 24, 4), controlnet_mode=mode)
 
 
-def qwen_controlnet() -> Rebound:
+def qwen_controlnet() -> TinyWrapped:
     model = diffusers.QwenImageControlNetModel(
         in_channels=16, out_channels=4, num_layers=2, joint_attention_dim=24, axes_dims_rope=(4, 4, 8), **STREAM
     )
@@ -452,10 +452,10 @@ def qwen_controlnet() -> Rebound:
         "timestep": T([0.5, 0.5]),
         "img_shapes": [[(1, 4, 6)]] * 2,
     }
-    return Rebound(wake(model), inputs, {"img_shapes": [[(1, 6, 4)]] * 2}, (1, 4, 6), (1, 6, 4), 2, 2, 2)
+    return TinyWrapped(wake(model), inputs, {"img_shapes": [[(1, 6, 4)]] * 2}, (1, 4, 6), (1, 6, 4), 2, 2, 2)
 
 
-def hunyuandit_controlnet() -> Rebound:
+def hunyuandit_controlnet() -> TinyWrapped:
     from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
     model = diffusers.HunyuanDiT2DControlNetModel(
@@ -474,7 +474,7 @@ def hunyuandit_controlnet() -> Rebound:
     return tiny
 
 
-def sana_controlnet() -> Rebound:
+def sana_controlnet() -> TinyWrapped:
     model = diffusers.SanaControlNetModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=24,
@@ -488,7 +488,7 @@ def sana_controlnet() -> Rebound:
     return tiny
 
 
-def zimage_controlnet() -> Rebound:
+def zimage_controlnet() -> TinyWrapped:
     """With the layers that `from_transformer` gives it."""
     transformer = diffusers.ZImageTransformer2DModel(
         all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2,
@@ -511,10 +511,10 @@ def zimage_controlnet() -> Rebound:
         "control_context": controls,
     }
     turned = {"x": [turn(x) for x in pictures], "control_context": [turn(x) for x in controls]}
-    return Rebound(wake(model), inputs, turned, (1, 4, 6), (1, 6, 4), 4, 5, 4)
+    return TinyWrapped(wake(model), inputs, turned, (1, 4, 6), (1, 6, 4), 4, 5, 4)
 
 
-def cosmos_controlnet() -> Rebound:
+def cosmos_controlnet() -> TinyWrapped:
     pytest.importorskip("torchvision", reason="its forward resizes a mask with torchvision")
     model = diffusers.CosmosControlNetModel(
         n_controlnet_blocks=2, in_channels=10, latent_channels=6, model_channels=32, text_embed_dim=24,
@@ -536,20 +536,20 @@ _WAN = {
 }  # fmt: skip
 
 
-def _wan_like(model: nn.Module, counts: tuple[int, int, int] = (2, 4, 0), **more: Any) -> Rebound:
+def _wan_like(model: nn.Module, counts: tuple[int, int, int] = (2, 4, 0), **more: Any) -> TinyWrapped:
     inputs = {"timestep": T([5, 5]), "encoder_hidden_states": R(2, 7, 16), **more}
     return picture(wake(model), counts, (2, 4, 6), hidden_states=R(2, 4, 2, 8, 12), **inputs)
 
 
-def chronoedit() -> Rebound:
+def chronoedit() -> TinyWrapped:
     return _wan_like(diffusers.ChronoEditTransformer3DModel(**_WAN))
 
 
-def skyreels() -> Rebound:
+def skyreels() -> TinyWrapped:
     return _wan_like(diffusers.SkyReelsV2Transformer3DModel(**_WAN))
 
 
-def wanvace() -> Rebound:
+def wanvace() -> TinyWrapped:
     tiny = _wan_like(
         diffusers.WanVACETransformer3DModel(**_WAN, vace_layers=[0], vace_in_channels=4), (3, 6, 0),
         control_hidden_states=R(2, 4, 2, 8, 12),
@@ -558,7 +558,7 @@ def wanvace() -> Rebound:
     return tiny
 
 
-def wananimate() -> Rebound:
+def wananimate() -> TinyWrapped:
     model = diffusers.WanAnimateTransformer3DModel(
         **{**_WAN, "in_channels": 12}, latent_channels=4, image_dim=None, motion_encoder_size=16, motion_style_dim=8,
         motion_encoder_channel_sizes={"4": 4, "8": 4, "16": 4}, motion_dim=4, motion_encoder_dim=8,
@@ -573,10 +573,10 @@ def wananimate() -> Rebound:
         "face_pixel_values": R(2, 3, 4, 16, 16),
     }
     turned = {"hidden_states": turn(hidden), "pose_hidden_states": turn(pose)}
-    return Rebound(wake(model), inputs, turned, (2, 4, 6), (2, 6, 4), 2, 5)
+    return TinyWrapped(wake(model), inputs, turned, (2, 4, 6), (2, 6, 4), 2, 5)
 
 
-def anyflow() -> Rebound:
+def anyflow() -> TinyWrapped:
     model = diffusers.AnyFlowTransformer3DModel(**{**_WAN, "attention_head_dim": 24})
     return picture(
         wake(model), (2, 4, 0), (2, 4, 6), hidden_states=R(2, 2, 4, 8, 12), timestep=torch.full((2, 2), 5.0),
@@ -584,7 +584,7 @@ def anyflow() -> Rebound:
     )  # fmt: skip
 
 
-def helios() -> Rebound:
+def helios() -> TinyWrapped:
     """With short history of one frame before two."""
     model = diffusers.HeliosTransformer3DModel(
         **{key: value for key, value in _WAN.items() if key != "rope_max_seq_len"}, rope_dim=(4, 4, 4)
@@ -606,10 +606,10 @@ def helios() -> Rebound:
     }
     turned = {name: turn(value) for name, value in inputs.items() if value.dim() == 5}
     grid = ((1, 1, 2), (1, 2, 3), (1, 4, 6), (2, 4, 6))
-    return Rebound(wake(model), inputs, turned, grid, tuple((f, w, h) for f, h, w in grid), 2, 4)
+    return TinyWrapped(wake(model), inputs, turned, grid, tuple((f, w, h) for f, h, w in grid), 2, 4)
 
 
-def ltx2() -> Rebound:
+def ltx2() -> TinyWrapped:
     model = diffusers.LTX2VideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
         audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
@@ -629,10 +629,10 @@ def ltx2() -> Rebound:
         "audio_num_frames": 10,
     }
     turned = {"height": 6, "width": 4}
-    return Rebound(wake(model), inputs, turned, (2, 4, 6), (2, 6, 4), 2, 12, include=["*.attn1"])
+    return TinyWrapped(wake(model), inputs, turned, (2, 4, 6), (2, 6, 4), 2, 12, include=["*.attn1"])
 
 
-def hunyuanvideo15() -> Rebound:
+def hunyuanvideo15() -> TinyWrapped:
     model = diffusers.HunyuanVideo15Transformer3DModel(
         in_channels=4, out_channels=4, num_layers=2, num_refiner_layers=1, text_embed_dim=16, text_embed_2_dim=12,
         image_embed_dim=8, rope_axes_dim=(4, 6, 6), **STREAM,
@@ -645,7 +645,7 @@ def hunyuanvideo15() -> Rebound:
     )  # fmt: skip
 
 
-def framepack() -> Rebound:
+def framepack() -> TinyWrapped:
     model = diffusers.HunyuanVideoFramepackTransformer3DModel(
         in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=2,
         text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6), has_image_proj=True, image_proj_dim=8,
@@ -669,10 +669,10 @@ def framepack() -> Rebound:
     }
     turned = {name: turn(value) for name, value in inputs.items() if value.dim() == 5}
     grid = ((1, 1, 2), (1, 2, 3), (1, 4, 6), (2, 4, 6))
-    return Rebound(wake(model), inputs, turned, grid, tuple((f, w, h) for f, h, w in grid), 2, 3, 2)
+    return TinyWrapped(wake(model), inputs, turned, grid, tuple((f, w, h) for f, h, w in grid), 2, 3, 2)
 
 
-def motifvideo() -> Rebound:
+def motifvideo() -> TinyWrapped:
     model = diffusers.MotifVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, patch_size=2, text_embed_dim=16,
         rope_axes_dim=(4, 6, 6), enable_text_cross_attention_dual=True, **STREAM,
@@ -683,7 +683,7 @@ def motifvideo() -> Rebound:
     )  # fmt: skip
 
 
-def easyanimate() -> Rebound:
+def easyanimate() -> TinyWrapped:
     model = diffusers.EasyAnimateTransformer3DModel(
         in_channels=4, out_channels=4, patch_size=2, num_layers=2, mmdit_layers=1, sample_width=12, sample_height=8,
         time_embed_dim=8, text_embed_dim=24, **STREAM,
@@ -694,7 +694,7 @@ def easyanimate() -> Rebound:
     )  # fmt: skip
 
 
-def consisid() -> Rebound:
+def consisid() -> TinyWrapped:
     model = diffusers.ConsisIDTransformer3DModel(
         in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=24, num_layers=2, sample_width=12,
         sample_height=8, sample_frames=9, patch_size=2, max_text_seq_length=7,
@@ -714,7 +714,7 @@ def consisid() -> Rebound:
 # ---- audio ----
 
 
-def acestep() -> Rebound:
+def acestep() -> TinyWrapped:
     model = diffusers.AceStepTransformer1DModel(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         head_dim=16, in_channels=12, audio_acoustic_hidden_dim=4, patch_size=2, sliding_window=4,
@@ -728,10 +728,10 @@ def acestep() -> Rebound:
         "context_latents": R(2, 31, 8),
     }
     longer = {"hidden_states": R(2, 40, 4), "context_latents": R(2, 40, 8)}
-    return Rebound(wake(model), inputs, longer, (1, 16), (1, 20), 1, 4)
+    return TinyWrapped(wake(model), inputs, longer, (1, 16), (1, 20), 1, 4)
 
 
-def stableaudio3() -> Rebound:
+def stableaudio3() -> TinyWrapped:
     model = diffusers.StableAudio3DiTModel(
         io_channels=4, embed_dim=64, depth=2, num_heads=2, cond_token_dim=24, global_cond_dim=8, local_add_cond_dim=4,
         timestep_features_dim=8, ff_mult=1.0, num_memory_tokens=5, use_differential_attention=False,
@@ -742,10 +742,10 @@ def stableaudio3() -> Rebound:
         "encoder_hidden_states": R(2, 7, 24),
         "global_hidden_states": R(2, 8),
     }
-    return Rebound(wake(model), inputs, {"hidden_states": R(2, 4, 20)}, (1, 16), (1, 20), 2, 4, 2)
+    return TinyWrapped(wake(model), inputs, {"hidden_states": R(2, 4, 20)}, (1, 16), (1, 20), 2, 4, 2)
 
 
-def longcataudio() -> Rebound:
+def longcataudio() -> TinyWrapped:
     model = diffusers.LongCatAudioDiTTransformer(
         dit_dim=32, dit_depth=2, dit_heads=2, dit_text_dim=24, latent_dim=4, ff_mult=1.0, use_latent_condition=False
     )
@@ -757,20 +757,20 @@ def longcataudio() -> Rebound:
         "attention_mask": torch.ones(2, 16, dtype=torch.bool),
     }
     longer = {"hidden_states": R(2, 20, 4), "attention_mask": torch.ones(2, 20, dtype=torch.bool)}
-    return Rebound(wake(model), inputs, longer, (1, 16), (1, 20), 2, 4)
+    return TinyWrapped(wake(model), inputs, longer, (1, 16), (1, 20), 2, 4)
 
 
-def minimaxmusic3() -> Rebound:
+def minimaxmusic3() -> TinyWrapped:
     model = diffusers.MiniMaxMusic3Transformer1DModel(
         in_channels=4, condition_dim=8, num_layers=2, num_attention_heads=2, attention_head_dim=16, ff_inner_dim=32,
         rotary_dim=8, fourier_embedding_dim=8,
     )  # fmt: skip
     inputs = {"hidden_states": R(2, 4, 16), "timestep": T([0.5, 0.5]), "encoder_hidden_states": R(2, 16, 8)}
     longer = {"hidden_states": R(2, 4, 20), "encoder_hidden_states": R(2, 20, 8)}
-    return Rebound(wake(model), inputs, longer, (1, 16), (1, 20), 2, 2, 2)
+    return TinyWrapped(wake(model), inputs, longer, (1, 16), (1, 20), 2, 2, 2)
 
 
-_BUILDERS: tuple[Callable[[], Rebound], ...] = (
+_BUILDERS: tuple[Callable[[], TinyWrapped], ...] = (
     unclip, cascade, kandinsky3, dreamlite,
     cogview3plus, luminanext, ovis, longcat, bria, briafibo, briafibo2, flux3, krea2, ideogram4, ernie, glm,
     qwenimage21, nucleus, hunyuanimage, joyimage, joyimageplus, kandinsky5, kandinsky6, cosmos, cosmos3, minimaxh3,
@@ -782,7 +782,7 @@ _BUILDERS: tuple[Callable[[], Rebound], ...] = (
     acestep, stableaudio3, longcataudio, minimaxmusic3,
 )  # fmt: skip
 
-NEWER: dict[str, Callable[[], Rebound]] = {build.__name__: build for build in _BUILDERS}
+NEWER: dict[str, Callable[[], TinyWrapped]] = {build.__name__: build for build in _BUILDERS}
 
 NEWER_ALONE = (
     "kandinsky3", "dreamlite", "luminanext", "kandinsky5", "kandinsky6", "cosmos", "sanavideo",

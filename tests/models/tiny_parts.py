@@ -14,7 +14,7 @@ R, T = torch.randn, torch.tensor
 
 
 @dataclass
-class Rebound:
+class TinyWrapped:
     """A model, a call of it, the changes that turn its picture on its side, and what a conversion must find."""
 
     model: nn.Module
@@ -40,10 +40,10 @@ def turn(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.transpose(-1, -2).contiguous()
 
 
-def picture(model: nn.Module, counts: tuple[int, int, int], grid: Grid = (4, 6), **inputs: Any) -> Rebound:
+def picture(model: nn.Module, counts: tuple[int, int, int], grid: Grid = (4, 6), **inputs: Any) -> TinyWrapped:
     """A model that is given `hidden_states` as a picture or video."""
     turned = {"hidden_states": turn(inputs["hidden_states"])}
-    return Rebound(model, inputs, turned, grid, (*grid[:-2], grid[-1], grid[-2]), *counts)
+    return TinyWrapped(model, inputs, turned, grid, (*grid[:-2], grid[-1], grid[-2]), *counts)
 
 
 def position_ids(height: int, width: int, picture: int = 0, columns: int = 3) -> torch.Tensor:
@@ -55,7 +55,7 @@ def position_ids(height: int, width: int, picture: int = 0, columns: int = 3) ->
     return ids.reshape(height * width, columns)
 
 
-def flux_like(model: nn.Module, columns: int = 3, **more: Any) -> Rebound:
+def flux_like(model: nn.Module, columns: int = 3, **more: Any) -> TinyWrapped:
     inputs = {
         "hidden_states": R(2, 24, 4),
         "encoder_hidden_states": R(2, 7, 24),
@@ -64,7 +64,7 @@ def flux_like(model: nn.Module, columns: int = 3, **more: Any) -> Rebound:
         "txt_ids": torch.zeros(7, columns),
         **more,
     }
-    return Rebound(model, inputs, {"img_ids": position_ids(6, 4, columns=columns)}, (4, 6), (6, 4), 2, 2, 2)
+    return TinyWrapped(model, inputs, {"img_ids": position_ids(6, 4, columns=columns)}, (4, 6), (6, 4), 2, 2, 2)
 
 
 def text_mask() -> torch.Tensor:

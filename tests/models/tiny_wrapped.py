@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from .tiny_newer import NEWER, NEWER_ALONE
-from .tiny_parts import R, Rebound, T, flux_like, picture, position_ids, text_mask, turn
+from .tiny_parts import R, T, TinyWrapped, flux_like, picture, position_ids, text_mask, turn
 
-__all__ = ["JOINT", "REBOUND", "Rebound", "build_rebound", "position_ids"]
+__all__ = ["JOINT", "WRAPPED", "TinyWrapped", "build_wrapped", "position_ids"]
 
 
-def hunyuandit() -> Rebound:
+def hunyuandit() -> TinyWrapped:
     from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
     model = diffusers.HunyuanDiT2DModel(
@@ -34,7 +34,7 @@ def hunyuandit() -> Rebound:
     return tiny
 
 
-def sd3() -> Rebound:
+def sd3() -> TinyWrapped:
     model = diffusers.SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=24, out_channels=4,
@@ -46,7 +46,7 @@ def sd3() -> Rebound:
     )  # fmt: skip
 
 
-def auraflow() -> Rebound:
+def auraflow() -> TinyWrapped:
     model = diffusers.AuraFlowTransformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=16, out_channels=4,
@@ -57,7 +57,7 @@ def auraflow() -> Rebound:
     )
 
 
-def flux() -> Rebound:
+def flux() -> TinyWrapped:
     model = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, pooled_projection_dim=24, axes_dims_rope=(4, 4, 8), guidance_embeds=False,
@@ -65,7 +65,7 @@ def flux() -> Rebound:
     return flux_like(model, pooled_projections=R(2, 24))
 
 
-def flux2() -> Rebound:
+def flux2() -> TinyWrapped:
     model = diffusers.Flux2Transformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
@@ -73,7 +73,7 @@ def flux2() -> Rebound:
     return flux_like(model, columns=4)
 
 
-def chroma() -> Rebound:
+def chroma() -> TinyWrapped:
     model = diffusers.ChromaTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16,
@@ -84,7 +84,7 @@ def chroma() -> Rebound:
     return flux_like(model, attention_mask=mask)
 
 
-def qwenimage() -> Rebound:
+def qwenimage() -> TinyWrapped:
     model = diffusers.QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, axes_dims_rope=(4, 4, 8),
@@ -96,10 +96,10 @@ def qwenimage() -> Rebound:
         "timestep": T([0.5, 0.5]),
         "img_shapes": [[(1, 4, 6)]] * 2,
     }
-    return Rebound(model, inputs, {"img_shapes": [[(1, 6, 4)]] * 2}, (1, 4, 6), (1, 6, 4), 2, 2, 2)
+    return TinyWrapped(model, inputs, {"img_shapes": [[(1, 6, 4)]] * 2}, (1, 4, 6), (1, 6, 4), 2, 2, 2)
 
 
-def cogview4() -> Rebound:
+def cogview4() -> TinyWrapped:
     model = diffusers.CogView4Transformer2DModel(
         patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, out_channels=4,
         text_embed_dim=24, time_embed_dim=8, condition_dim=4, rope_axes_dim=(256, 256),
@@ -110,7 +110,7 @@ def cogview4() -> Rebound:
     )  # fmt: skip
 
 
-def lumina2() -> Rebound:
+def lumina2() -> TinyWrapped:
     model = diffusers.Lumina2Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_refiner_layers=1,
         num_attention_heads=2, num_kv_heads=1, multiple_of=2, axes_dim_rope=(4, 4, 4), axes_lens=(32, 32, 32),
@@ -122,7 +122,7 @@ def lumina2() -> Rebound:
     )  # fmt: skip
 
 
-def hidream() -> Rebound:
+def hidream() -> TinyWrapped:
     model = diffusers.HiDreamImageTransformer2DModel(
         patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
         num_attention_heads=4, caption_channels=[24, 12], text_emb_dim=16, num_routed_experts=2,
@@ -135,7 +135,7 @@ def hidream() -> Rebound:
     )  # fmt: skip
 
 
-def omnigen() -> Rebound:
+def omnigen() -> TinyWrapped:
     model = diffusers.OmniGenTransformer2DModel(
         in_channels=4, patch_size=2, hidden_size=16, num_layers=2, num_attention_heads=2, num_key_value_heads=2,
         intermediate_size=32, pad_token_id=0, vocab_size=100, time_step_dim=4, pos_embed_max_size=16,
@@ -153,7 +153,7 @@ def omnigen() -> Rebound:
     )  # fmt: skip
 
 
-def zimage() -> Rebound:
+def zimage() -> TinyWrapped:
     model = diffusers.ZImageTransformer2DModel(
         all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2,
         n_kv_heads=2, qk_norm=True, cap_feat_dim=24, rope_theta=256.0, t_scale=1000.0, axes_dims=[4, 4, 8],
@@ -163,10 +163,10 @@ def zimage() -> Rebound:
         nn.init.zeros_(parameter)
     pictures = [R(4, 1, 8, 12), R(4, 1, 8, 12)]
     inputs = {"x": pictures, "t": T([0.5, 0.5]), "cap_feats": [R(7, 24), R(40, 24)]}
-    return Rebound(model, inputs, {"x": [turn(x) for x in pictures]}, (1, 4, 6), (1, 6, 4), 3, 4, 3)
+    return TinyWrapped(model, inputs, {"x": [turn(x) for x in pictures]}, (1, 4, 6), (1, 6, 4), 3, 4, 3)
 
 
-def prx() -> Rebound:
+def prx() -> TinyWrapped:
     model = diffusers.PRXTransformer2DModel(
         in_channels=4, patch_size=2, context_in_dim=24, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2,
         axes_dim=[8, 8],
@@ -180,7 +180,7 @@ def prx() -> Rebound:
     )  # fmt: skip
 
 
-def sana() -> Rebound:
+def sana() -> TinyWrapped:
     model = diffusers.SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=24,
@@ -194,7 +194,7 @@ def sana() -> Rebound:
     return tiny
 
 
-def cogvideox() -> Rebound:
+def cogvideox() -> TinyWrapped:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
     model = diffusers.CogVideoXTransformer3DModel(
@@ -211,7 +211,7 @@ def cogvideox() -> Rebound:
     return tiny
 
 
-def ltx() -> Rebound:
+def ltx() -> TinyWrapped:
     model = diffusers.LTXVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
         num_layers=2, caption_channels=24,
@@ -225,10 +225,10 @@ def ltx() -> Rebound:
         "height": 4,
         "width": 6,
     }
-    return Rebound(model, inputs, {"height": 6, "width": 4}, (2, 4, 6), (2, 6, 4), 2, 4)
+    return TinyWrapped(model, inputs, {"height": 6, "width": 4}, (2, 4, 6), (2, 6, 4), 2, 4)
 
 
-def wan() -> Rebound:
+def wan() -> TinyWrapped:
     model = diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
         freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
@@ -240,7 +240,7 @@ def wan() -> Rebound:
     )  # fmt: skip
 
 
-def hunyuanvideo() -> Rebound:
+def hunyuanvideo() -> TinyWrapped:
     model = diffusers.HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
         num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True, text_embed_dim=16,
@@ -253,7 +253,7 @@ def hunyuanvideo() -> Rebound:
     )  # fmt: skip
 
 
-def mochi() -> Rebound:
+def mochi() -> TinyWrapped:
     model = diffusers.MochiTransformer3DModel(
         patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16,
         in_channels=4, out_channels=None, qk_norm="rms_norm", text_embed_dim=16, time_embed_dim=4,
@@ -265,7 +265,7 @@ def mochi() -> Rebound:
     )  # fmt: skip
 
 
-def allegro() -> Rebound:
+def allegro() -> TinyWrapped:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
     model = diffusers.AllegroTransformer3DModel(
@@ -289,7 +289,7 @@ def allegro() -> Rebound:
     return tiny
 
 
-def stableaudio() -> Rebound:
+def stableaudio() -> TinyWrapped:
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
     model = diffusers.StableAudioDiTModel(
@@ -306,10 +306,10 @@ def stableaudio() -> Rebound:
         "rotary_embedding": ropes[0],
     }
     longer = {"hidden_states": R(2, 4, 20), "rotary_embedding": ropes[1]}
-    return Rebound(model, inputs, longer, (1, 16), (1, 20), 2, 4, 2)
+    return TinyWrapped(model, inputs, longer, (1, 16), (1, 20), 2, 4, 2)
 
 
-REBOUND: dict[str, Callable[[], Rebound]] = {
+WRAPPED: dict[str, Callable[[], TinyWrapped]] = {
     build.__name__: build
     for build in (
         hunyuandit, sd3, auraflow, flux, flux2, chroma, qwenimage, cogview4, lumina2, hidream, omnigen, zimage, prx,
@@ -317,14 +317,14 @@ REBOUND: dict[str, Callable[[], Rebound]] = {
     )
 } | NEWER  # fmt: skip
 
-JOINT = [name for name in REBOUND if name not in ("hunyuandit", "sana", "ltx", "wan", "allegro", *NEWER_ALONE)]
+JOINT = [name for name in WRAPPED if name not in ("hunyuandit", "sana", "ltx", "wan", "allegro", *NEWER_ALONE)]
 
 
-def build_rebound(name: str, seed: int = 0) -> Rebound:
+def build_wrapped(name: str, seed: int = 0) -> TinyWrapped:
     """The tiny model `name`, in eval mode, the same at every call with the same seed."""
     torch.manual_seed(seed)
     try:
-        tiny = REBOUND[name]()
+        tiny = WRAPPED[name]()
     except AttributeError as error:
         if "module diffusers has no attribute" not in str(error):
             raise

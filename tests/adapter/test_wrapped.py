@@ -14,7 +14,7 @@ from flatten_diffusion.mixers import list_joints
 from flatten_diffusion.models import survey
 
 from ..models.tiny import assert_untouched, stir, train_towards_original
-from ..models.tiny_rebound import JOINT, REBOUND, build_rebound, position_ids
+from ..models.tiny_wrapped import JOINT, WRAPPED, build_wrapped, position_ids
 
 ALL = ("q", "k", "v", "out")
 # No own output projection: single streams of Flux and its kin leave it to the block.
@@ -32,9 +32,9 @@ def _processors(model):
     return {finding.name: finding.attn.processor for finding in survey(model)}
 
 
-@pytest.mark.parametrize("name", REBOUND)
+@pytest.mark.parametrize("name", WRAPPED)
 def test_the_whole_life_of_a_conversion(name):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     before, keys, modules = _processors(tiny.model), list(tiny.model.state_dict()), list(tiny.model.named_modules())
     with torch.no_grad():
         native, native_turned = tiny(), tiny(**tiny.turn)
@@ -58,9 +58,9 @@ def test_the_whole_life_of_a_conversion(name):
     assert_untouched(tiny.model, keys, modules)
 
 
-@pytest.mark.parametrize("name", REBOUND)
+@pytest.mark.parametrize("name", WRAPPED)
 def test_the_layers_that_stay_are_native_bit_for_bit(name):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     adapter = _convert(tiny)
     kept = [row.name for row in adapter.report().kept]
     assert len(kept) == tiny.total - tiny.converted
@@ -84,9 +84,9 @@ def test_the_layers_that_stay_are_native_bit_for_bit(name):
     assert set(calls) == set(kept)
 
 
-@pytest.mark.parametrize("name", REBOUND)
+@pytest.mark.parametrize("name", WRAPPED)
 def test_a_gradient_reaches_every_adapter_parameter(name):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     adapter = _convert(tiny, deltas=ALL, delta_rank=2)
     stir(adapter)
     tiny().square().sum().backward()
@@ -97,9 +97,9 @@ def test_a_gradient_reaches_every_adapter_parameter(name):
     assert missing == WITHOUT_OUT.get(name, 0)
 
 
-@pytest.mark.parametrize("name", REBOUND)
+@pytest.mark.parametrize("name", WRAPPED)
 def test_saved_loaded_copied_pickled_merged(name, tmp_path):
-    tiny, fresh = build_rebound(name), build_rebound(name)
+    tiny, fresh = build_wrapped(name), build_wrapped(name)
     with torch.no_grad():
         native = tiny()
         adapter = _convert(tiny)
@@ -128,7 +128,7 @@ def test_saved_loaded_copied_pickled_merged(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "mochi", "wan"])
 def test_feature_maps_live_with_the_adapter(name, tmp_path):
-    tiny, fresh = build_rebound(name), build_rebound(name)
+    tiny, fresh = build_wrapped(name), build_wrapped(name)
     with torch.no_grad():
         native = tiny()
         adapter = _convert(tiny)
@@ -154,7 +154,7 @@ def test_feature_maps_live_with_the_adapter(name, tmp_path):
 
 
 def test_feature_maps_belong_to_converted_layers():
-    tiny = build_rebound("sd3")
+    tiny = build_wrapped("sd3")
     adapter = _convert(tiny)
     with pytest.raises(ValueError, match="nowhere: no layer converted"):
         adapter.add_feature_maps(["nowhere"])
@@ -164,7 +164,7 @@ def test_feature_maps_belong_to_converted_layers():
 @pytest.mark.parametrize("form", list_joints())
 @pytest.mark.parametrize("name", ["sd3", "flux", "mochi", "prx"])
 def test_both_ways_of_joining_and_without_a_convolution(name, form, tmp_path):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     with torch.no_grad():
         native = tiny()
         adapter = _convert(tiny, joint=form, kernel_size=0)
@@ -178,9 +178,9 @@ def test_both_ways_of_joining_and_without_a_convolution(name, form, tmp_path):
         assert torch.equal(tiny(), converted)
 
 
-@pytest.mark.parametrize("name", REBOUND)
+@pytest.mark.parametrize("name", WRAPPED)
 def test_windows_live_with_the_adapter(name, tmp_path):
-    tiny, fresh = build_rebound(name), build_rebound(name)
+    tiny, fresh = build_wrapped(name), build_wrapped(name)
     keys, modules = list(tiny.model.state_dict()), list(tiny.model.named_modules())
     with torch.no_grad():
         native = tiny()
@@ -216,7 +216,7 @@ def test_an_unknown_way_of_joining_raises():
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "wan", "zimage"])
 def test_bfloat16_is_finite_and_parameters_follow_the_model(name):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     tiny.model.to(torch.bfloat16)
     adapter = _convert(tiny)
     assert {parameter.dtype for parameter in adapter.parameters()} == {torch.bfloat16}
@@ -231,9 +231,9 @@ def test_bfloat16_is_finite_and_parameters_follow_the_model(name):
         assert tiny(**changes).isfinite().all()
 
 
-@pytest.mark.parametrize("name", REBOUND)
+@pytest.mark.parametrize("name", WRAPPED)
 def test_smaller_calls_stay_softmax(name):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     with torch.no_grad():
         native = tiny()
         adapter = _convert(tiny, min_tokens=1000)
@@ -246,7 +246,7 @@ def test_smaller_calls_stay_softmax(name):
 
 
 def test_sana_is_linear_already_and_says_so():
-    tiny = build_rebound("sana")
+    tiny = build_wrapped("sana")
     with pytest.raises(ValueError, match="no layer that can be converted: .*linear already.*include"):
         linearize(tiny.model)
     adapter = linearize(tiny.model, AdapterConfig(include=["*.0.attn1"]))
@@ -266,7 +266,7 @@ def test_every_layer_that_stays_says_why():
         ("stableaudio", "attn2", "cross-attention"),
         ("hunyuandit", "attn2", "cross-attention"),
     ):
-        for finding in survey(build_rebound(name).model):
+        for finding in survey(build_wrapped(name).model):
             assert (finding.reason == why) == (pattern in finding.name), finding
 
 
@@ -277,7 +277,7 @@ class CustomProcessor:
 
 @pytest.mark.parametrize("processor", [CustomProcessor(), AttnProcessor2_0()], ids=["custom", "plain"])
 def test_other_processors_raise_before_anything_is_changed(processor):
-    tiny = build_rebound("sd3")
+    tiny = build_wrapped("sd3")
     tiny.model.transformer_blocks[1].attn.set_processor(processor)
     before, keys = _processors(tiny.model), list(tiny.model.state_dict())
     message = rf"transformer_blocks.1.attn runs {type(processor).__name__}: put JointAttnProcessor2_0 or Fused.* back"
@@ -289,7 +289,7 @@ def test_other_processors_raise_before_anything_is_changed(processor):
 
 
 def test_a_processor_replaced_behind_our_back_is_named():
-    tiny = build_rebound("sd3")
+    tiny = build_wrapped("sd3")
     adapter = linearize(tiny.model)
     before = dict(adapter.originals)
     tiny.model.transformer_blocks[0].attn.set_processor(CustomProcessor())
@@ -304,7 +304,7 @@ def test_a_processor_replaced_behind_our_back_is_named():
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "auraflow", "hunyuandit", "cogvideox"])
 def test_fused_projections_before_and_after(name):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     if name == "sd3":  # fused, diffusers itself cannot run dual attention, and forgets the norms of query and key
         tiny.model = type(tiny.model)(**{**tiny.model.config, "dual_attention_layers": (), "qk_norm": None}).eval()
     with torch.no_grad():
@@ -327,7 +327,7 @@ def test_fused_projections_before_and_after(name):
 
 def test_lora_on_the_base(tmp_path):
     peft = pytest.importorskip("peft")
-    tiny = build_rebound("sd3")
+    tiny = build_wrapped("sd3")
     adapter = _convert(tiny, deltas=ALL, delta_rank=2)
     stir(adapter)
     plain = tiny().detach()
@@ -347,7 +347,7 @@ CHECKPOINTED = ("sd3", "auraflow", "flux", "qwenimage", "lumina2", "cogvideox", 
 
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_two_aspect_ratios_before_one_backward_checkpointed(name):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     adapter = _convert(tiny)
     stir(adapter)
     tiny.model.train()
@@ -366,7 +366,7 @@ def test_two_aspect_ratios_before_one_backward_checkpointed(name):
 @pytest.mark.parametrize("name", ["sd3", "wan", "lumina2", "hunyuanvideo"])
 def test_compiles_as_the_native_model_does(name, window):
     """In one graph, but for Lumina2, which diffusers itself cannot compile whole."""
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     torch._dynamo.reset()
     with torch.no_grad():
         native = tiny()
@@ -383,7 +383,7 @@ def test_compiles_as_the_native_model_does(name, window):
 
 
 def test_flux_compiles_with_breaks_or_whole_with_its_grid_pinned():
-    tiny = build_rebound("flux")
+    tiny = build_wrapped("flux")
     torch._dynamo.reset()
     with torch.no_grad():
         adapter = linearize(tiny.model)
@@ -412,7 +412,7 @@ def test_a_pinned_grid_of_several_pictures_is_checked_on_the_device():
 @pytest.mark.parametrize("name", ["qwenimage", "wan"])
 def test_compiled_block_by_block_every_layer_keeps_its_own_mixer(name):
     """The blocks share one piece of compiled code; what is learned must not be baked into it."""
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     if not getattr(tiny.model, "_repeated_blocks", None):
         pytest.skip("this diffusers compiles no repeated blocks")
     torch._dynamo.reset()
@@ -425,7 +425,7 @@ def test_compiled_block_by_block_every_layer_keeps_its_own_mixer(name):
 
 
 def test_compiled_and_checkpointed_gradients():
-    tiny = build_rebound("sd3")
+    tiny = build_wrapped("sd3")
     adapter = linearize(tiny.model)
     stir(adapter)
     tiny.model.train()
@@ -440,7 +440,7 @@ def test_compiled_and_checkpointed_gradients():
 
 @pytest.mark.parametrize("name", JOINT)
 def test_an_optimizer_step_lowers_the_distance_to_the_original(name):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     adapter = _convert(tiny)
     tiny.model.requires_grad_(False)
     adapter.requires_grad_()

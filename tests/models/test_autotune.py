@@ -11,8 +11,8 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from flatten_diffusion import AdapterConfig, FocusedLinearAttnProcessor, linearize, load_adapter, restore
-from flatten_diffusion.models import crossover as layers
-from flatten_diffusion.ops import crossover
+from flatten_diffusion.mixers import FocusedLinearConfig, LayerShape, WindowAttention
+from flatten_diffusion.models import Kind, autotune, timing
 
 from .tiny import build, stir
 
@@ -21,8 +21,8 @@ from .tiny import build, stir
 def timings(tmp_path, monkeypatch):
     """Linear meets softmax at 100 tokens in float32 and at 1000 in bfloat16; returns (tokens, dtype) of each timing."""
     monkeypatch.setenv("FLATTEN_DIFFUSION_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(crossover, "_known", {})
-    monkeypatch.setattr(layers, "_found", {})
+    monkeypatch.setattr(timing, "_known", {})
+    monkeypatch.setattr(autotune, "_found", {})
     done = []
 
     def ratio(runs_at, side, device):
@@ -32,8 +32,12 @@ def timings(tmp_path, monkeypatch):
         done.append((side * side, dtype))
         return (100 if dtype == torch.float32 else 1000) / (side * side)
 
-    monkeypatch.setattr(crossover, "_time_ratio", ratio)
+    monkeypatch.setattr(timing, "_time_ratio", ratio)
     return done
+
+
+def states(adapter):
+    return (layer for _, layer, _ in adapter.converted_layers())
 
 
 def halved(inputs):
@@ -55,7 +59,7 @@ def test_small_calls_are_bit_equal_and_large_ones_linear(timings):
         assert torch.equal(tiny(**SMALL), native_small)
         assert not torch.equal(tiny(), native)  # 384 tokens; 96 below it stay softmax
         assert len(timings) == count, "a call timed something"
-    assert all(100 < layer.min_tokens < 160 for layer in adapter._converted_layers())
+    assert all(100 < layer.min_tokens < 160 for layer in states(adapter))
     assert "tokens (measured)" in adapter.report().converted[0].reason
     restore(tiny.model)
     assert not any(module._forward_pre_hooks for module in tiny.model.modules())
@@ -63,22 +67,19 @@ def test_small_calls_are_bit_equal_and_large_ones_linear(timings):
         assert torch.equal(tiny(), native)
 
 
-@pytest.mark.parametrize("joint", [None, "shared_normalizer"])
-def test_windows_are_timed_as_they_run(timings, joint, monkeypatch):
-    from flatten_diffusion.mixers import MixerSpec, WindowAttention
-
+@pytest.mark.parametrize("text", [False, True])
+def test_windows_are_timed_as_they_run(timings, text, monkeypatch):
     joined = []
     forward = WindowAttention.forward
     monkeypatch.setattr(WindowAttention, "forward", lambda self, *a: joined.append(self.size) or forward(self, *a))
+    config, shape = FocusedLinearConfig(), LayerShape(2, 8, 16)
     found = {
-        window: layers.softmax_below_on(
-            torch.device("cpu"), torch.float32, "focused_linear", MixerSpec(2, 8, joint=joint, window=window)
-        )
+        window: autotune.softmax_below_on(torch.device("cpu"), torch.float32, Kind(config, shape, text, window))
         for window in (0, 4)
     }
     assert set(joined) == {4} and all(100 < tokens < 160 for tokens in found.values())
-    kept = crossover.cache_file().read_text(encoding="utf-8")
-    assert kept.count("windows of 4") == 1 and len(json.loads(kept)) > 0
+    kept = timing.cache_file().read_text(encoding="utf-8")
+    assert kept.count("windows of 4") == 1 and kept.count("text tokens") == 2 * text and len(json.loads(kept)) > 0
 
 
 def test_another_dtype_is_looked_up_again(timings):
@@ -90,14 +91,14 @@ def test_another_dtype_is_looked_up_again(timings):
         tiny.model.to(torch.bfloat16)
         halves = halved(tiny.inputs)
         tiny.model(**halves)
-        assert all(layer.min_tokens > 1000 for layer in adapter._converted_layers())
+        assert all(layer.min_tokens > 1000 for layer in states(adapter))
         count = len(timings)
         tiny.model.float()
         tiny()
-        assert all(layer.min_tokens < 160 for layer in adapter._converted_layers())
+        assert all(layer.min_tokens < 160 for layer in states(adapter))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             tiny()
-        assert all(layer.min_tokens > 1000 for layer in adapter._converted_layers())
+        assert all(layer.min_tokens > 1000 for layer in states(adapter))
     assert len(timings) == count
 
 
@@ -108,8 +109,8 @@ def test_a_copy_decides_for_itself():
     with torch.no_grad():
         tiny()
         twin(**halved(tiny.inputs))
-    assert all(layer.min_tokens > 1000 for layer in twin.flatten_adapter._converted_layers())
-    assert all(layer.min_tokens < 160 for layer in tiny.model.flatten_adapter._converted_layers())
+    assert all(layer.min_tokens > 1000 for layer in states(twin.flatten_adapter))
+    assert all(layer.min_tokens < 160 for layer in states(tiny.model.flatten_adapter))
 
 
 @pytest.mark.parametrize("first", ["small", "large"])
@@ -125,23 +126,37 @@ def test_compiles_to_one_graph(first):
             assert torch.allclose(compiled(**inputs, return_dict=False)[0], expected, atol=1e-5)
 
 
+def test_a_dtype_first_met_while_compiling_is_looked_up_in_the_graph():
+    torch._dynamo.reset()
+    tiny = build("sd15")
+    halves = halved(tiny.inputs)
+    with torch.no_grad():
+        native = build("sd15").model.to(torch.bfloat16)(**halves)[0]
+    adapter = linearize(tiny.model, AdapterConfig(min_tokens="auto"))
+    tiny.model.to(torch.bfloat16)
+    compiled = torch.compile(tiny.model, fullgraph=True, backend="eager", dynamic=False)
+    with torch.no_grad():
+        assert torch.allclose(compiled(**halves)[0], native, atol=1e-2)
+    assert all(layer.min_tokens > 1000 for layer in states(adapter))
+
+
 def test_on_the_meta_device_nothing_is_timed(timings):
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
         model = UNet2DConditionModel.from_config(build("sd15").model.config)
     adapter = linearize(model, AdapterConfig(min_tokens="auto"))
-    assert timings == [] and adapter._converted_layers()[0].min_tokens == crossover.UNMEASURED_TOKENS
+    assert timings == [] and next(states(adapter)).min_tokens == timing.UNMEASURED_TOKENS
 
 
 def test_a_model_on_the_cpu_beside_a_gpu_is_timed_where_it_runs(timings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     tiny = build("sd15")
     adapter = linearize(tiny.model, AdapterConfig(min_tokens="auto"))
-    assert timings == [] and adapter._converted_layers()[0].min_tokens == crossover.UNMEASURED_TOKENS
+    assert timings == [] and next(states(adapter)).min_tokens == timing.UNMEASURED_TOKENS
     with torch.no_grad():
         tiny()
-    assert timings and adapter._converted_layers()[0].min_tokens < 160
+    assert timings and next(states(adapter)).min_tokens < 160
 
 
 def test_inference_mode_gives_the_same(timings):
@@ -192,7 +207,7 @@ def test_min_tokens_given_to_load_adapter_wins(setting, tmp_path):
     adapter.save_pretrained(tmp_path)
     restore(tiny.model)
     adapter = load_adapter(tiny.model, tmp_path, min_tokens=setting)
-    found = {layer.min_tokens for layer in adapter._converted_layers()}
+    found = {layer.min_tokens for layer in states(adapter)}
     assert adapter.config.min_tokens == setting
     assert found == {setting} if setting != "auto" else min(found) > 100
 
@@ -204,7 +219,7 @@ def test_a_bad_setting_is_refused_before_the_file_is_looked_for(tmp_path):
 
 def test_merging_needs_a_decision(tmp_path):
     adapter = linearize(build("sd15").model, AdapterConfig(min_tokens="auto", deltas=("q",)))
-    for layer in adapter._converted_layers():
+    for layer in states(adapter):
         layer.min_tokens = 0  # linear everywhere on this device, softmax maybe on the next
     with pytest.raises(ValueError, match="min_tokens"):
         adapter.merge()
@@ -225,7 +240,7 @@ def test_the_processor_decides_by_the_size_of_the_call(timings, caplog):
     assert timings == []
     with caplog.at_level(logging.INFO):
         assert torch.equal(attn(small), native[0])
-    assert "3 heads of 8, kernel 0" in caplog.text
+    assert "3 heads of 8, focusing_factor 3.0, kernel_size 0" in caplog.text
     count = len(timings)
     assert count > 0 and not torch.equal(attn(large), native[1]) and len(timings) == count
     always = attention()
@@ -256,7 +271,8 @@ def test_the_processor_compiles_whole_and_times_while_tracing(timings):
 
 @pytest.mark.parametrize("value", ["fast", 1.5, None])
 def test_wrong_settings(value):
-    with pytest.raises(ValueError, match="min_tokens is"):
-        FocusedLinearAttnProcessor(min_tokens=value)
+    if value is not None:  # which leaves it at its default
+        with pytest.raises(ValueError, match="min_tokens is"):
+            FocusedLinearAttnProcessor(min_tokens=value)
     with pytest.raises(ValueError, match="min_tokens is"):
         AdapterConfig(min_tokens=value)

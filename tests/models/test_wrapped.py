@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from unittest import mock
 
 import pytest
 import torch
@@ -14,11 +13,11 @@ from torch import nn
 
 from flatten_diffusion import AdapterConfig, linearize
 from flatten_diffusion.mixers import count_tokens
-from flatten_diffusion.models import LAYER, ReboundProcessor, product, readings, rebind
-from flatten_diffusion.models.product import Split
+from flatten_diffusion.models import LAYER, ConvertedLayer, Reading, WrappedProcessor, attention, readings, wrap
+from flatten_diffusion.models.attention import Split
 
 from .tiny import stir
-from .tiny_rebound import JOINT, REBOUND, build_rebound, position_ids
+from .tiny_wrapped import JOINT, WRAPPED, build_wrapped, position_ids
 
 
 def _softmax_alone(attn, query, key, value, mask, scale, softmax, exact=True):
@@ -26,13 +25,13 @@ def _softmax_alone(attn, query, key, value, mask, scale, softmax, exact=True):
     return softmax(query, key, value, mask)
 
 
-@pytest.mark.parametrize("name", REBOUND)
+@pytest.mark.parametrize("name", WRAPPED)
 def test_all_but_the_product_is_native_bit_for_bit(name, monkeypatch):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     with torch.no_grad():
         native = tiny()
         linearize(tiny.model, AdapterConfig(include=tiny.include))
-        monkeypatch.setattr(product, "exchange", _softmax_alone)
+        monkeypatch.setattr(attention, "exchange", _softmax_alone)
         monkeypatch.setattr("flatten_diffusion.models.sana.exchange", _softmax_alone)
         ours = tiny()
     if name.startswith("sana"):  # written by hand
@@ -42,7 +41,7 @@ def test_all_but_the_product_is_native_bit_for_bit(name, monkeypatch):
 
 
 def test_the_native_signature_is_kept_and_one_object_serves_all_layers_of_one_processor():
-    tiny = build_rebound("sd3")
+    tiny = build_wrapped("sd3")
     shared = JointAttnProcessor2_0()
     for module in tiny.model.modules():
         if hasattr(module, "set_processor"):
@@ -51,24 +50,24 @@ def test_the_native_signature_is_kept_and_one_object_serves_all_layers_of_one_pr
     processors = {id(m.processor) for m in tiny.model.modules() if hasattr(m, "set_processor")}
     assert len(processors) == 1
     ours = tiny.model.transformer_blocks[0].attn.processor
-    assert isinstance(ours, ReboundProcessor) and ours.native is shared
+    assert isinstance(ours, WrappedProcessor) and ours.native is shared
     assert inspect.signature(ours.__call__) == inspect.signature(shared.__call__)
-    assert type(ours).__name__ == "ReboundJointAttnProcessor2_0"
+    assert type(ours).__name__ == "WrappedJointAttnProcessor2_0"
 
 
 def test_copies_and_pickles():
-    ours = rebind(AttnProcessor2_0())
+    ours = wrap(AttnProcessor2_0())
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert type(twin) is type(ours) and type(twin.native) is AttnProcessor2_0
 
 
 def test_on_a_layer_without_a_mixer_the_native_code_runs():
-    tiny = build_rebound("sd3")
+    tiny = build_wrapped("sd3")
     with torch.no_grad():
         native = tiny()
         for module in tiny.model.modules():
             if hasattr(module, "set_processor"):
-                module.set_processor(rebind(module.processor))
+                module.set_processor(wrap(module.processor))
         assert torch.equal(tiny(), native)
 
 
@@ -97,13 +96,13 @@ def _made_from_text():
     ],
     ids=["no product", "one argument", "no source"],
 )
-def test_what_cannot_be_rebound_says_why(processor, message):
+def test_what_cannot_be_wrapped_says_why(processor, message):
     with pytest.raises(ValueError, match=message):
-        rebind(processor)
+        wrap(processor)
 
 
 def test_an_attention_backend_set_later_reaches_the_native_processor():
-    tiny = build_rebound("flux")
+    tiny = build_wrapped("flux")
     linearize(tiny.model)
     processor = tiny.model.transformer_blocks[0].attn.processor
     if not hasattr(processor.native, "_attention_backend"):
@@ -144,36 +143,49 @@ def test_a_ragged_split_and_back():
     assert torch.equal(rows[1, 0], mask[1, 0, 2:6])
 
 
+class Products:
+    """A `Recorder` of native products."""
+
+    def __init__(self):
+        self.found = []
+
+    def native(self, output):
+        self.found.append(output)
+
+    def mixed(self, inputs):
+        raise AssertionError("the layer is disabled")
+
+
 @pytest.mark.parametrize("name", JOINT)
 def test_rows_outside_the_picture_are_native(name, monkeypatch):
     """Every layer by itself, so that its input is the native one."""
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     layers = linearize(tiny.model).layers
     for layer in layers:
-        tiny = build_rebound(name)
+        tiny = build_wrapped(name)
         adapter = linearize(tiny.model, AdapterConfig(include=[layer]))
         stir(adapter)
         state = getattr(tiny.model.get_submodule(layer), LAYER)
         if state.place == "alone":
             continue
-        native, ours = [], []
+        native, ours = Products(), []
         with torch.no_grad():
+            state.record(native)
             with adapter.disabled():
-                state.observed, state.tap = True, native.append
                 tiny()
-                state.observed, state.tap = False, None
-            joint = product._joint
+            state.record(None)
+            joint = attention._joint
 
-            def watched(*args, joint=joint, ours=ours):
-                ours.append(joint(*args))
-                return ours[-1]
+            def watched(*args, joint=joint, ours=ours, state=state):
+                output = joint(*args)
+                ours.append((output, attention.split_of(state, output.shape[1], output.shape[1])))
+                return output
 
-            monkeypatch.setattr(product, "_joint", watched)
+            monkeypatch.setattr(attention, "_joint", watched)
             tiny()
             monkeypatch.undo()
-        assert len(ours) == len(native) == (2 if name == "mochi" else 1)
-        for one, other in zip(ours, native, strict=True):
-            split = product.split_of(state, one.shape[1], one.shape[1])
+        assert len(ours) == len(native.found) == (2 if name == "mochi" else 1)
+        for (one, split), other in zip(ours, native.found, strict=True):
             assert split.picture == count_tokens(tiny.grid)
             mine, theirs = split.queries(one), split.queries(other)
             assert not torch.allclose(mine[0], theirs[0])
@@ -190,7 +202,7 @@ def _alone(inputs, sample, text):
 
 @pytest.mark.parametrize("name", ["lumina2", "qwenimage", "zimage", "hunyuanvideo", "mochi", "prx", "chroma"])
 def test_a_padded_sample_gives_what_it_gives_alone(name):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     stir(linearize(tiny.model))
     x = tiny.inputs
     if name == "zimage":
@@ -215,7 +227,7 @@ def test_a_padded_sample_gives_what_it_gives_alone(name):
 
 
 def test_what_padding_holds_does_not_matter():
-    tiny = build_rebound("qwenimage")
+    tiny = build_wrapped("qwenimage")
     stir(linearize(tiny.model))
     text = tiny.inputs["encoder_hidden_states"].clone()
     text[1, 5:] = 1e3 * torch.randn(2, 24)
@@ -224,9 +236,9 @@ def test_what_padding_holds_does_not_matter():
 
 
 def test_additive_key_padding_counts_as_bool_does():
-    from flatten_diffusion.models.product import _key_padding
+    from flatten_diffusion.models.attention import _key_padding
 
-    layer = mock.Mock(reading=None)
+    layer = ConvertedLayer("blocks.0.attn", None, 0)
     key = torch.zeros(2, 5, 3, 4)
     keep = torch.tensor([[True] * 5, [True, True, False, True, False]])
     for low in (float("-inf"), torch.finfo(torch.float32).min, -10000.0):
@@ -256,31 +268,31 @@ def _stays_softmax(tiny, why, **changes):
 
 
 def test_a_mask_that_differs_between_picture_tokens_keeps_softmax():
-    tiny = build_rebound("omnigen")
+    tiny = build_wrapped("omnigen")
     mask = tiny.inputs["attention_mask"].clone()
     mask[0, 20, 30] = 0
     _stays_softmax(tiny, "softmax in the last pass: its attention_mask differs", attention_mask=mask)
 
 
 def test_a_text_mask_that_diffusers_gets_wrong_keeps_softmax():
-    tiny = build_rebound("cogview4")
+    tiny = build_wrapped("cogview4")
     _stays_softmax(tiny, "instead of masking", attention_mask=torch.ones(2, 7))
 
 
 def test_pictures_of_different_sizes_in_one_batch_keep_softmax():
-    tiny = build_rebound("qwenimage")
+    tiny = build_wrapped("qwenimage")
     shapes = [[(1, 4, 6)], [(1, 6, 4)]]
     if "img_shapes" not in inspect.signature(tiny.model.forward).parameters:
         pytest.skip("this diffusers has no img_shapes")
     reading = readings.image_shapes(tiny.model, shapes)
     assert reading.softmax == "pictures of different sizes in one batch"
-    tiny = build_rebound("zimage")
+    tiny = build_wrapped("zimage")
     pictures = [tiny.inputs["x"][0], tiny.inputs["x"][1].transpose(-1, -2).contiguous()]
     _stays_softmax(tiny, "pictures of different sizes in one batch", x=pictures)
 
 
 def test_a_mask_that_no_row_of_the_table_foresees_keeps_softmax_and_refuses_deltas():
-    tiny = build_rebound("flux")
+    tiny = build_wrapped("flux")
     adapter = linearize(tiny.model)
     stir(adapter)
     attn = tiny.model.single_transformer_blocks[0].attn
@@ -295,13 +307,13 @@ def test_a_mask_that_no_row_of_the_table_foresees_keeps_softmax_and_refuses_delt
         row = next(row for row in adapter.report() if row.name.startswith("single"))
         assert "softmax in the last pass: its mask is no key padding" in row.reason
         adapter.add_deltas(("q",), 2)
-        with pytest.raises(RuntimeError, match="single_transformer_blocks.0.attn: this call's mask or dropout needs"):
+        with pytest.raises(RuntimeError, match=r"single_transformer_blocks.0.attn: this call needs softmax \(its mask"):
             attn(hidden, attention_mask=mask)
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "qwenimage"])
 def test_reference_images_are_pictures_of_their_own(name):
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     adapter = linearize(tiny.model)
     stir(adapter)
     channels = tiny.inputs["hidden_states"].shape[-1]
@@ -360,7 +372,7 @@ def test_ids_rounded_beyond_telling_raise():
 @pytest.mark.parametrize("name", ["flux", "flux2", "chroma"])
 def test_rounded_ids_give_what_the_exact_grid_gives(name):
     """A picture 258 tokens wide."""
-    tiny = build_rebound(name)
+    tiny = build_wrapped(name)
     columns = tiny.inputs["img_ids"].shape[1]
     adapter = linearize(tiny.model)
     ids = position_ids(2, 258, columns=columns).bfloat16()
@@ -373,35 +385,33 @@ def test_rounded_ids_give_what_the_exact_grid_gives(name):
 
 
 def test_tokens_that_do_not_fit_are_named():
-    tiny = build_rebound("wan")
+    tiny = build_wrapped("wan")
     linearize(tiny.model)
     attn = tiny.model.blocks[0].attn1
     with pytest.raises(RuntimeError, match="blocks.0.attn1: the token grid is unknown"):
         attn(torch.randn(1, 48, 24))
-    with torch.no_grad():
-        tiny()
-        with pytest.raises(RuntimeError, match="blocks.0.attn1: 50 tokens do not fill the 2x4x6 grid"):
-            attn(torch.randn(1, 50, 24))
-    joint = build_rebound("sd3")
+    getattr(attn, LAYER).begin(Reading((2, 4, 6)))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="blocks.0.attn1: 50 tokens do not fill the 2x4x6 grid"):
+        attn(torch.randn(1, 50, 24))
+    joint = build_wrapped("sd3")
     linearize(joint.model)
     with pytest.raises(RuntimeError, match="which tokens are the picture's is unknown: call the whole model"):
         joint.model.transformer_blocks[0].attn(torch.randn(1, 24, 16), torch.randn(1, 7, 16))
 
 
 def test_mochi_has_no_set_processor_and_is_found_all_the_same():
-    tiny = build_rebound("mochi")
+    tiny = build_wrapped("mochi")
     attn = tiny.model.transformer_blocks[0].attn1
     assert not hasattr(attn, "set_processor")
     before = attn.processor
     adapter = linearize(tiny.model)
-    assert isinstance(attn.processor, ReboundProcessor) and attn.processor.native is before
+    assert isinstance(attn.processor, WrappedProcessor) and attn.processor.native is before
     assert len(adapter.layers) == 2
 
 
 def test_a_processor_with_context_parallelism_is_refused():
     attn = nn.Module()
-    setattr(attn, LAYER, mock.Mock(name_="x"))
-    getattr(attn, LAYER).name = "blocks.0.attn"
+    setattr(attn, LAYER, ConvertedLayer("blocks.0.attn", None, 0))
     x = torch.randn(1, 4, 2, 8)
     with pytest.raises(RuntimeError, match="blocks.0.attn: context parallelism splits the tokens"):
-        product.tokens_first_product(attn, x, x, x, parallel_config=object())
+        attention.tokens_first_product(attn, x, x, x, parallel_config=object())
