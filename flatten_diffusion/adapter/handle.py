@@ -20,13 +20,13 @@ from ..mixers import (
     mixer_config,
     seeded,
 )
-from ..models import LAYER, MIXER, AdapterAttnProcessor, ConvertedLayer, WrappedProcessor, find_projection
+from ..models import LAYER, MIXER, ConvertedLayer, FocusedLinearAttnProcessor, WrappedProcessor, find_projection
 from .config import AdapterConfig
 
 ADAPTER = "flatten_adapter"
 """Attribute of a converted model: its `Adapter`. A deep copy of the model carries its own."""
 
-OURS = (AdapterAttnProcessor, WrappedProcessor)
+OURS = (FocusedLinearAttnProcessor, WrappedProcessor)
 """The processors that a conversion puts on layers."""
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
