@@ -74,8 +74,8 @@ def linearize(model_or_pipeline: Any, config: AdapterConfig | None = None) -> Ad
     the model's real input at each forward pass, so any size and aspect ratio works, also under gradient checkpointing
     enabled by the model's own `enable_gradient_checkpointing`. Where picture and text share one sequence (SD3, Flux),
     attention from picture to picture becomes linear, and wherever text is query or key it stays softmax (see
-    `flatten_diffusion.mixers.TextJoin`). Key padding is honoured; calls with any other mask, cross-attention, temporal attention and
-    layers outside the known families stay softmax, bit for bit: see `Adapter.report`.
+    `flatten_diffusion.mixers.TextJoin`). Key padding is honoured; calls with any other mask, cross-attention, temporal
+    attention and layers outside the known families stay softmax, bit for bit: see `Adapter.report`.
 
     The new parameters have the dtype and device of their layer and require gradients. Freezing the model afterwards
     (peft's `add_adapter` does) freezes them too: `adapter.requires_grad_()` undoes that. They appear in the model's
