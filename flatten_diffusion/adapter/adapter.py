@@ -26,10 +26,14 @@ class Adapter(AdapterHandle):
     """What `linearize` and `load_adapter` return: the learned part of a converted model and the switch for it.
 
     It belongs to one model and is usable until `restore`. Layers are named by the path of their attention module.
+
+    Attributes:
+        kept: path -> processor of the attention layers that the conversion left alone.
     """
 
     def __init__(self, model: nn.Module, config: AdapterConfig, layers: Iterable[str]) -> None:
         super().__init__(model, config, layers)
+        self.kept: dict[str, Any] = {}
         self._merged: list[Merged] = []
         self._base_fingerprint = ""
 

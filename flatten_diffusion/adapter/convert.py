@@ -92,8 +92,8 @@ def linearize(model_or_pipeline: Any, config: AdapterConfig | None = None) -> Ad
     the model's real input at each forward pass, so any size and aspect ratio works, also under gradient checkpointing
     enabled by the model's own `enable_gradient_checkpointing`. Where picture and text share one sequence (SD3, Flux),
     attention from picture to picture becomes linear, and wherever text is query or key it stays softmax (see
-    `AdapterConfig.joint`). Key padding is honoured; calls with any other mask, cross-attention, temporal attention and
-    layers outside the known families stay softmax, bit for bit: see `Adapter.report`.
+    `flatten_diffusion.mixers.TextJoin`). Key padding is honoured; calls with any other mask, cross-attention, temporal
+    attention and layers outside the known families stay softmax, bit for bit: see `Adapter.report`.
 
     The new parameters have the dtype and device of their layer and require gradients. Freezing the model afterwards
     (peft's `add_adapter` does) freezes them too: `adapter.requires_grad_()` undoes that. They appear in the model's
@@ -129,9 +129,9 @@ def restore(model_or_pipeline: Any) -> None:
     After `linearize` or `load_adapter`, every original processor object is put back on the layer it came from, and
     submodules, hooks and attributes are removed: outputs are bit-equal to before. A processor that something else put
     on a converted layer since is replaced too, with a warning; on other layers it stays (an IP-Adapter, say).
-    `set_attn_processor` keeps no originals: each layer then gets the default that diffusers gives a new layer of its
-    kind (AttnProcessor2_0; AttnAddedKVProcessor2_0 with added projections; FusedAttnProcessor2_0 while fused), which
-    is bit-equal to before if the layer ran its default before.
+    `set_attn_processor` alone keeps no originals: each layer then gets the default that diffusers gives a new layer of
+    its kind (AttnProcessor2_0; AttnAddedKVProcessor2_0 with added projections; FusedAttnProcessor2_0 while fused),
+    which is bit-equal to before if the layer ran its default before.
 
     Raises:
         TypeError: no model found.
@@ -147,7 +147,7 @@ def restore(model_or_pipeline: Any) -> None:
     if adapter is not None:
         adapter.unmerge()
         adapter.forget()
-    replaced = _take_off(model, findings)
+    replaced = _take_off(model, findings, {} if adapter is None else adapter.kept)
     if replaced:
         logger.warning(f"restore replaced processors that were set after the conversion: {', '.join(replaced)}.")
 
@@ -224,9 +224,11 @@ def attach(
             if finding.name in layers and stays_here(place_of(finding.attn)[0]):
                 softmax_below_on(*place_of(finding.attn), Kind.of(layers[finding.name]))
     try:
-        return _attach(model, config, [f for f in findings if f.name in layers], layers, always_converted)
+        adapter = _attach(model, config, [f for f in findings if f.name in layers], layers, always_converted)
+        adapter.kept = {f.name: f.attn.processor for f in findings if f.name not in layers}
+        return adapter
     except BaseException:
-        _take_off(model, findings)
+        _take_off(model, findings, {})
         raise
 
 
@@ -310,9 +312,10 @@ def _included(name: str, config: AdapterConfig) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in config.include or ())
 
 
-def _take_off(model: nn.Module, findings: Sequence[Finding]) -> list[str]:
+def _take_off(model: nn.Module, findings: Sequence[Finding], kept: Mapping[str, Any]) -> list[str]:
     """Everything that a conversion put on the model, whole or half; returns what else was replaced by it.
 
+    `kept`: processors that other layers ran at the conversion, for those that run one of ours by now.
     Each step can be repeated: a restore that was interrupted is finished by the next.
     """
     replaced = []
@@ -326,7 +329,7 @@ def _take_off(model: nn.Module, findings: Sequence[Finding]) -> list[str]:
                 _set_processor(attn, state.native)
         elif _is_ours(finding):  # put there by set_attn_processor, or by diffusers, which had kept it
             native = attn.processor.native if isinstance(attn.processor, WrappedProcessor) else native_processor(attn)
-            _set_processor(attn, native)
+            _set_processor(attn, kept.get(finding.name, native))
         if hasattr(attn, MIXER):
             delattr(attn, MIXER)
         if state is not None:

@@ -23,8 +23,8 @@ from ..mixers import (
 from ..models import (
     LAYER,
     MIXER,
-    AdapterAttnProcessor,
     ConvertedLayer,
+    FocusedLinearAttnProcessor,
     WrappedProcessor,
     find_projection,
     heads_of,
@@ -35,7 +35,7 @@ from .config import AdapterConfig
 ADAPTER = "flatten_adapter"
 """Attribute of a converted model: its `Adapter`. A deep copy of the model carries its own."""
 
-OURS = (AdapterAttnProcessor, WrappedProcessor)
+OURS = (FocusedLinearAttnProcessor, WrappedProcessor)
 """The processors that a conversion puts on layers."""
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

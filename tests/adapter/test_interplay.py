@@ -15,7 +15,14 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
-from flatten_diffusion import AdapterConfig, FocusedLinearAttnProcessor, linearize, load_adapter, restore
+from flatten_diffusion import (
+    AdapterConfig,
+    FocusedLinearAttnProcessor,
+    FocusedLinearConfig,
+    linearize,
+    load_adapter,
+    restore,
+)
 from flatten_diffusion.adapter.fingerprint import fingerprint
 
 from ..models.tiny import build, stir, train_towards_original

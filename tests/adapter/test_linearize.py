@@ -12,7 +12,14 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 
-from flatten_diffusion import AdapterConfig, FocusedLinearAttnProcessor, linearize, load_adapter, restore
+from flatten_diffusion import (
+    AdapterConfig,
+    FocusedLinearAttnProcessor,
+    FocusedLinearConfig,
+    linearize,
+    load_adapter,
+    restore,
+)
 
 from ..models.tiny import CONVERTIBLE, assert_untouched, build, stir
 
@@ -195,12 +202,18 @@ def test_patterns_that_select_nothing_raise(config, message):
     ("setting", "message"),
     [
         ({"mixer": "nothing"}, "Unknown mixer 'nothing'"),
-        ({"focusing_factor": 0.0}, "focusing_factor is 0.0"),
-        ({"focusing_factor": float("nan")}, "focusing_factor is nan"),
-        ({"focusing_factor": "3"}, "focusing_factor is '3'"),
-        ({"kernel_size": 4}, "kernel_size is 4"),
-        ({"kernel_size": -1}, "kernel_size is -1"),
-        ({"kernel_size": True}, "kernel_size is True"),
+        ({"mixer": {"name": "focused_linear", "focusing_factor": 0.0}}, "focusing_factor is 0.0"),
+        ({"mixer": {"name": "focused_linear", "focusing_factor": float("nan")}}, "focusing_factor is nan"),
+        ({"mixer": {"name": "focused_linear", "focusing_factor": "3"}}, "focusing_factor is '3'"),
+        ({"mixer": {"name": "focused_linear", "focusing_factor": 10**400}}, "focusing_factor is 1000.*: pass a pos"),
+        ({"mixer": {"name": "focused_linear", "kernel_size": 4}}, "kernel_size is 4"),
+        ({"mixer": {"name": "focused_linear", "kernel_size": -1}}, "kernel_size is -1"),
+        ({"mixer": {"name": "focused_linear", "kernel_size": True}}, "kernel_size is True"),
+        ({"mixer": {"name": "focused_linear", "kernel_size": 3001}}, "kernel_size is 3001: pass an odd number up to"),
+        ({"mixer": {"name": "focused_linear", "kernel": 3}}, "Unknown setting 'kernel' of mixer focused_linear"),
+        ({"mixer": {"kernel_size": 3}}, "Unknown mixer 'None'"),
+        ({"overrides": {"x": {"name": "focused_linear", "kernel_size": 4}}}, "kernel_size is 4"),
+        ({"overrides": [1]}, r"overrides is \[1\]: pass attention paths"),
         ({"min_tokens": 1.5}, "min_tokens is 1.5"),
         ({"window": 1}, "window is 1: pass a whole number from 2"),
         ({"window": True}, "window is True"),
@@ -216,7 +229,9 @@ def test_bad_settings_raise_one_line(setting, message):
 
 
 def test_settings_as_json_types_and_back():
-    config = AdapterConfig(focusing_factor=2, kernel_size=0, min_tokens=7, include=["a*"], exclude=("b",))
+    config = AdapterConfig(
+        FocusedLinearConfig(2, 0), {"a.b": FocusedLinearConfig(2)}, min_tokens=7, include=["a*"], exclude=("b",)
+    )
     assert config.to_dict()["include"] == ["a*"]
     assert AdapterConfig.from_dict(config.to_dict()) == config
     assert AdapterConfig.from_dict({}) == AdapterConfig()
@@ -386,7 +401,9 @@ def test_freezing_and_backends():
     tiny.model.requires_grad_(False)
     adapter.requires_grad_()
     assert [name for name, p in tiny.model.named_parameters() if p.requires_grad] == [
-        f"{layer}.flatten_mixer.{name}" for layer, mixer in adapter.mixers() for name, _ in mixer.named_parameters()
+        f"{layer}.flatten_mixer.{name}"
+        for layer, mixer in adapter.layer_mixers()
+        for name, _ in mixer.named_parameters()
     ]
     stir(adapter)
     with torch.no_grad():

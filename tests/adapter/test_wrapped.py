@@ -9,8 +9,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedJointAttnProcessor2_0
 
-from flatten_diffusion import AdapterConfig, linearize, load_adapter, restore
-from flatten_diffusion.mixers import list_joints
+from flatten_diffusion import AdapterConfig, FocusedLinearConfig, linearize, load_adapter, restore
 from flatten_diffusion.models import survey
 
 from ..models.tiny import assert_untouched, stir, train_towards_original
@@ -40,7 +39,7 @@ def test_the_whole_life_of_a_conversion(name):
         native, native_turned = tiny(), tiny(**tiny.turn)
         adapter = _convert(tiny)
         assert len(adapter.report().converted) == tiny.converted and len(adapter.report()) == tiny.total
-        assert sum(mixer.joint is not None for _, mixer in adapter.mixers()) == tiny.joint
+        assert sum(layer.text is not None for _, layer in adapter.layer_mixers()) == tiny.joint
         stir(adapter)
         converted = tiny()
         assert {row.grid for row in adapter.report().converted} == {tiny.grid}
@@ -93,7 +92,7 @@ def test_a_gradient_reaches_every_adapter_parameter(name):
     for key, parameter in adapter.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
         assert parameter.grad.isfinite().all(), key
-    missing = 4 * len(adapter.layers) - sum(len(mixer.deltas) for _, mixer in adapter.mixers())
+    missing = 4 * len(adapter.layers) - sum(len(layer.deltas) for _, layer in adapter.layer_mixers())
     assert missing == WITHOUT_OUT.get(name, 0)
 
 
@@ -133,11 +132,11 @@ def test_feature_maps_live_with_the_adapter(name, tmp_path):
         native = tiny()
         adapter = _convert(tiny)
         raw = tiny()
-        some = adapter.layers[:1]
-        adapter.add_feature_maps(some)
-        assert adapter.config.feature_maps == tuple(some) and torch.equal(tiny(), raw)
-        adapter.add_feature_maps(adapter.layers)
-        assert set(adapter.config.feature_maps) == set(adapter.layers)
+        for name, mixer in adapter.mixers():
+            before = set(adapter.config.overrides)
+            mixer.add_feature_maps()
+            assert set(adapter.config.overrides) - before == {name} and torch.equal(tiny(), raw)
+            assert adapter.config.overrides[name] == FocusedLinearConfig(feature_maps=True)
         stir(adapter)
         mapped = tiny()
         adapter.save_pretrained(tmp_path)
@@ -153,28 +152,20 @@ def test_feature_maps_live_with_the_adapter(name, tmp_path):
     assert torch.equal(tiny(), native)
 
 
-def test_feature_maps_belong_to_converted_layers():
-    tiny = build_wrapped("sd3")
-    adapter = _convert(tiny)
-    with pytest.raises(ValueError, match="nowhere: no layer converted"):
-        adapter.add_feature_maps(["nowhere"])
-    assert adapter.config.feature_maps == ()
-
-
-@pytest.mark.parametrize("form", list_joints())
 @pytest.mark.parametrize("name", ["sd3", "flux", "mochi", "prx"])
-def test_both_ways_of_joining_and_without_a_convolution(name, form, tmp_path):
+def test_text_is_joined_without_a_convolution_too(name, tmp_path):
     tiny = build_wrapped(name)
     with torch.no_grad():
         native = tiny()
-        adapter = _convert(tiny, joint=form, kernel_size=0)
+        adapter = _convert(tiny, mixer=FocusedLinearConfig(kernel_size=0))
         stir(adapter)
         converted = tiny()
         assert converted.isfinite().all() and not torch.equal(converted, native)
-        assert any(f"({form})" in row.reason for row in adapter.report().converted)
+        joined = [row for row in adapter.report().converted if "softmax to and from other tokens" in row.reason]
+        assert len(joined) == tiny.joint
         adapter.save_pretrained(tmp_path)
         restore(tiny.model)
-        assert load_adapter(tiny.model, tmp_path).config.joint == form
+        assert load_adapter(tiny.model, tmp_path).config.mixer == FocusedLinearConfig(kernel_size=0)
         assert torch.equal(tiny(), converted)
 
 
@@ -189,7 +180,7 @@ def test_windows_live_with_the_adapter(name, tmp_path):
         restore(tiny.model)
         adapter = _convert(tiny, window=2)
         assert plain.layers == adapter.layers
-        assert all(mixer.window is not None and mixer.window.size == 2 for _, mixer in adapter.mixers())
+        assert all(layer.window is not None and layer.window.size == 2 for _, layer in adapter.layer_mixers())
         assert all("focused_linear beyond windows of 2" in row.reason for row in adapter.report().converted)
         nearer = (tiny() - native).square().sum() < (without - native).square().sum()
         stir(adapter)
@@ -207,11 +198,6 @@ def test_windows_live_with_the_adapter(name, tmp_path):
     assert torch.equal(tiny(), native)
     assert_untouched(tiny.model, keys, modules)
     assert nearer
-
-
-def test_an_unknown_way_of_joining_raises():
-    with pytest.raises(ValueError, match="Unknown joint 'x': choose one of shared_normalizer, gated_branches"):
-        AdapterConfig(joint="x")
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "wan", "zimage"])
@@ -290,8 +276,8 @@ def test_other_processors_raise_before_anything_is_changed(processor):
 
 def test_a_processor_replaced_behind_our_back_is_named():
     tiny = build_wrapped("sd3")
-    adapter = linearize(tiny.model)
-    before = dict(adapter.originals)
+    before = _processors(tiny.model)
+    linearize(tiny.model)
     tiny.model.transformer_blocks[0].attn.set_processor(CustomProcessor())
     with pytest.raises(RuntimeError, match="transformer_blocks.0.attn: its processor was replaced by CustomProcessor"):
         tiny()
@@ -322,7 +308,7 @@ def test_fused_projections_before_and_after(name):
         with pytest.raises(ValueError, match="fused projections: call unfuse_qkv_projections"):
             adapter.merge()
     if name == "sd3":
-        assert type(adapter.originals["transformer_blocks.0.attn"]) is FusedJointAttnProcessor2_0
+        assert type(tiny.model.transformer_blocks[0].attn.flatten_layer.native) is FusedJointAttnProcessor2_0
 
 
 def test_lora_on_the_base(tmp_path):

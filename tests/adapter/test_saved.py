@@ -1,35 +1,39 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from flatten_diffusion import AdapterConfig, linearize, load_adapter, restore
-from flatten_diffusion.adapter import files
+from flatten_diffusion import AdapterConfig, FocusedLinearConfig, linearize, load_adapter, restore
+from flatten_diffusion.adapter import loading, saving
 from flatten_diffusion.adapter.fingerprint import fingerprint
 
 from ..models.tiny import CONVERTIBLE, build, stir
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CONFIGURED = AdapterConfig(FocusedLinearConfig(focusing_factor=2.5), min_tokens=3, exclude=["mid_block.*"])
 
 
 @pytest.fixture
 def saved(tmp_path):
     """A folder with an adapter for the tiny SD 1.5, and the output it must give."""
     tiny = build("sd15")
-    adapter = linearize(tiny.model, AdapterConfig(min_tokens=3, focusing_factor=2.5, exclude=["mid_block.*"]))
+    adapter = linearize(tiny.model, CONFIGURED)
     stir(adapter)
     adapter.save_pretrained(tmp_path / "out")
     with torch.no_grad():
         return tmp_path / "out", tiny()
 
 
-def _rewrite(folder, **changes):
-    path = folder / CONFIG
-    description = json.loads(path.read_text())
+def _description(folder):
+    return json.loads((folder / CONFIG).read_text())
+
+
+def _changed(description, **changes):
     for dotted, value in changes.items():
         target = description
         *parents, last = dotted.split("__")
@@ -39,7 +43,19 @@ def _rewrite(folder, **changes):
             del target[last]
         else:
             target[last] = value
-    path.write_text(json.dumps(description))
+    return description
+
+
+def _sign(folder, description, tensors, header=True):
+    """Both files anew, signed as a save signs them: what is left to refuse is what they say."""
+    description["sha256"] = saving.signature(tensors, description)
+    metadata = {"adapter_config": json.dumps(description)} if header else None
+    save_file(tensors, folder / WEIGHTS, metadata=metadata)
+    (folder / CONFIG).write_text(json.dumps(description))
+
+
+def _rewrite(folder, **changes):
+    _sign(folder, _changed(_description(folder), **changes), load_file(folder / WEIGHTS))
 
 
 def _refuses(model, folder, error, message):
@@ -74,7 +90,7 @@ def test_settings_and_layers_come_back(saved):
     folder, expected = saved
     tiny = build("sd15")
     adapter = load_adapter(tiny.model, folder)
-    assert adapter.config == AdapterConfig(min_tokens=3, focusing_factor=2.5, exclude=["mid_block.*"])
+    assert adapter.config == CONFIGURED
     assert len(adapter.layers) == 3
     with torch.no_grad():
         assert torch.equal(tiny(), expected)
@@ -156,17 +172,22 @@ def test_a_broken_config(saved, text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version 2, newer than 1: upgrade"),
+        ({"format_version": 3}, "format_version 3, newer than 2: upgrade"),
+        ({"format_version": 10**200}, r"format_version 1e\+200, newer than 2: upgrade"),
+        ({"format_version": 1}, "format_version 1, of flatten_diffusion 0.1: this version reads 2 only; distil again"),
+        ({"format_version": 2.0}, "format_version 2.0: it was not written"),
         ({"format_version": KeyError}, "format_version None"),
         ({"base_model": KeyError}, "lacks base_model or layers"),
         ({"layers": KeyError}, "lacks base_model or layers"),
         ({"layers": []}, "no or repeated layers"),
         ({"layers": ["mid_block.attentions.0.transformer_blocks.0.attn2"]}, "which this model cannot convert"),
         ({"config__mixer": "from_the_future"}, "Unknown mixer 'from_the_future'"),
+        ({"config__mixer__name": "from_the_future"}, "Unknown mixer 'from_the_future'"),
+        ({"config__overrides": {"nowhere": {"name": "focused_linear"}}}, "overrides for layers that it does not"),
         ({"config__new_setting": 1}, "Unknown setting 'new_setting'"),
-        ({"config__kernel_size": 4}, "kernel_size is 4"),
-        ({"config__kernel_size": 3}, "has shape .* and must have"),
-        ({"config__kernel_size": 0}, "has unexpected '.*conv_bias'"),
+        ({"config__mixer__kernel_size": 4}, "kernel_size is 4"),
+        ({"config__mixer__kernel_size": 3}, "has shape .* and must have"),
+        ({"config__mixer__kernel_size": 0}, "has unexpected '.*conv_bias'"),
         ({"config": [1]}, "config is list"),
     ],
 )
@@ -175,26 +196,47 @@ def test_a_config_that_does_not_fit(saved, changes, message):
     _refuses(build("sd15").model, saved[0], ValueError, message)
 
 
-def _edit_tensors(folder, edit):
-    tensors = load_file(folder / WEIGHTS)
-    edit(tensors)
-    save_file(tensors, folder / WEIGHTS)
-
-
-def test_keys_and_shapes_that_do_not_fit(saved):
-    folder, _ = saved
-    key = sorted(load_file(folder / WEIGHTS))[0]
-    original = (folder / WEIGHTS).read_bytes()
+def test_keys_shapes_and_values_that_do_not_fit(saved):
+    folder, expected = saved
+    original = load_file(folder / WEIGHTS)
+    key = sorted(original)[0]
     for edit, message in (
         (lambda tensors: tensors.pop(key), f"lacks '{key}'"),
         (lambda tensors: tensors.update(extra=torch.zeros(1)), "has unexpected 'extra'"),
         (lambda tensors: tensors.update({key: torch.zeros(3)}), r"has shape \[3\] and must have"),
         (lambda tensors: tensors.update({key: tensors[key].long()}), "must be floating point"),
+        (lambda tensors: tensors[key].view(-1)[:1].fill_(float("nan")), f"{key} has values that are not finite"),
+        (lambda tensors: tensors[key].view(-1)[-1:].fill_(float("inf")), f"{key} has values that are not finite"),
     ):
-        _edit_tensors(folder, edit)
+        tensors = {name: tensor.clone() for name, tensor in original.items()}
+        edit(tensors)
+        _sign(folder, _description(folder), tensors)
         _refuses(build("sd15").model, folder, ValueError, message)
-        (folder / WEIGHTS).write_bytes(original)
-    load_adapter(build("sd15").model, folder)
+    for header in (True, False):  # a tool that rewrites safetensors may drop the header: the config then counts
+        _sign(folder, _description(folder), original, header)
+        tiny = build("sd15")
+        load_adapter(tiny.model, folder)
+        with torch.no_grad():
+            assert torch.equal(tiny(), expected)
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_tensors_edited_without_signing(saved, header):
+    folder, _ = saved
+    tensors = load_file(folder / WEIGHTS)
+    tensors[sorted(tensors)[0]].view(-1)[0] += 1
+    metadata = {"adapter_config": json.dumps(_description(folder))} if header else None
+    save_file(tensors, folder / WEIGHTS, metadata=metadata)
+    _refuses(build("sd15").model, folder, OSError, "its checksum fits neither tensors nor settings")
+
+
+def test_values_that_are_not_finite_are_not_saved(tmp_path):
+    adapter = linearize(build("sd15").model)
+    with torch.no_grad():
+        next(adapter.parameters()).view(-1)[0] = float("inf")
+    with pytest.raises(ValueError, match="attn1.mixer.log_scale has values that are not finite"):
+        adapter.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_runs_sliced_attention_refuses(saved):
@@ -203,12 +245,10 @@ def test_a_model_that_runs_sliced_attention_refuses(saved):
     _refuses(tiny.model, saved[0], ValueError, "attn1 runs SlicedAttnProcessor")
 
 
-def test_a_hand_edited_setting_counts(saved):
-    _rewrite(saved[0], config__min_tokens=10**6)
-    tiny = build("sd15")
-    load_adapter(tiny.model, saved[0])
-    with torch.no_grad():
-        assert torch.equal(tiny(), build("sd15")())
+def test_a_hand_edited_setting_is_refused(saved):
+    description = _changed(_description(saved[0]), config__min_tokens=10**6)
+    (saved[0] / CONFIG).write_text(json.dumps(description))
+    _refuses(build("sd15").model, saved[0], OSError, "adapter_config.json is damaged or was edited")
 
 
 @pytest.mark.parametrize("crash_at", [WEIGHTS, CONFIG, CARD])
@@ -244,7 +284,7 @@ def test_saving_again_replaces_and_leaves_other_files(saved):
     adapter = linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=0)))
     adapter.save_pretrained(folder)
     assert sorted(os.listdir(folder)) == sorted([CONFIG, WEIGHTS, CARD, "notes.txt"])
-    assert load_adapter(build("sd15").model, folder).config.kernel_size == 0
+    assert load_adapter(build("sd15").model, folder).config.mixer.kernel_size == 0
     first = (folder / WEIGHTS).read_bytes()
     adapter.save_pretrained(folder)
     assert (folder / WEIGHTS).read_bytes() == first
@@ -269,10 +309,10 @@ def test_loading_from_the_hub_passes_everything_on(saved, monkeypatch):
         calls.append((repo, filename, arguments))
         return str(saved[0] / filename)
 
-    monkeypatch.setattr(files, "hf_hub_download", download)
+    monkeypatch.setattr(loading, "hf_hub_download", download)
     tiny = build("sd15")
     load_adapter(tiny.model, "user/name", revision="v1", token="t", cache_dir="c", local_files_only=True)
-    expected = {"revision": "v1", "token": "t", "cache_dir": files.Path("c"), "local_files_only": True}
+    expected = {"revision": "v1", "token": "t", "cache_dir": Path("c"), "local_files_only": True}
     assert calls == [("user/name", CONFIG, expected), ("user/name", WEIGHTS, expected)]
     with torch.no_grad():
         assert torch.equal(tiny(), saved[1])
@@ -292,7 +332,7 @@ def test_pushing_uploads_the_three_files(tmp_path, monkeypatch):
         def upload_folder(self, **arguments):
             calls.append(("upload", arguments))
 
-    monkeypatch.setattr(files, "HfApi", Api)
+    monkeypatch.setattr(saving, "HfApi", Api)
     adapter = linearize(build("sd15").model)
     with pytest.raises(ValueError, match="not a Hub name"):
         adapter.save_pretrained(tmp_path / "bad", push_to_hub=True, repo_id="a/b/c")
