@@ -348,9 +348,13 @@ CHECKPOINTED = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CHECKPOINTED)
+@pytest.mark.parametrize("name", [*CHECKPOINTED, "ltx2 with audio", "kandinsky6 with audio"])
 def test_two_aspect_ratios_before_one_backward_checkpointed(name):
-    tiny = build_rebound(name)
+    tiny = build_rebound(name.removesuffix(" with audio"))
+    if name.endswith(" with audio"):  # two sequences, each with a length of its own
+        tiny.include = None
+        tiny.turn |= {"audio_hidden_states": torch.randn(2, 14, 4)}
+        tiny.turn |= {"audio_num_frames": 14} if "audio_num_frames" in tiny.inputs else {}
     adapter = _convert(tiny)
     stir(adapter)
     tiny.model.train()
