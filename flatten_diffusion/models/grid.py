@@ -40,7 +40,10 @@ class GridHook:
         if not torch.compiler.is_compiling() and getattr(module, "gradient_checkpointing", False):
             checkpoint: Any = module._gradient_checkpointing_func
             if not isinstance(checkpoint, GridCheckpoint):
-                module._gradient_checkpointing_func = GridCheckpoint(checkpoint, self.layers)  # type: ignore[assignment]
+                checkpoint = GridCheckpoint(checkpoint, self.layers)
+                module._gradient_checkpointing_func = checkpoint
+            # A module that sees several sequences has a hook for each, and one checkpointing function for all.
+            checkpoint.layers += [layer for layer in self.layers if layer not in checkpoint.layers]
 
 
 class EndHook:

@@ -18,6 +18,7 @@ from .layer import Reading
 
 PINNED = "flatten_grid"
 """Attribute of a model: the grid that compiled graphs take for granted, see `Adapter.pin_grid`."""
+_NOT_PINNED = "img_ids are not those of the grid given to pin_grid"
 SIZES_DIFFER = "pictures of different sizes in one batch"
 
 
@@ -104,7 +105,7 @@ def position_ids(module: Any, img_ids: torch.Tensor | None) -> Reading:
     pinned: Grid | None = getattr(module, PINNED, None)
     if pinned is None or count_tokens(pinned) != ids.shape[0]:
         return Reading(_read_outside_the_graph(ids))
-    torch._assert_async(_agree(ids, pinned), "img_ids are not those of the grid given to pin_grid")
+    torch._assert_async(_agree(ids, pinned), _NOT_PINNED)
     return Reading(pinned)
 
 
@@ -365,9 +366,14 @@ def packed_video(module: Any, shapes: Sequence[Sequence[int]], und_len: int, seq
 
 def packed_position_ids(module: Any, ids: torch.Tensor, video_indices: torch.Tensor) -> Reading:
     """MiniMax H3: [text, references, audio, video], positions [N, (time, row, column)] of all of them."""
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        return _packed(ids, video_indices)
+    pinned: Grid | None = getattr(module, PINNED, None)
+    if pinned is None or count_tokens(pinned) > video_indices.shape[0]:
         return _packed_outside_the_graph(ids, video_indices)
-    return _packed(ids, video_indices)
+    frames = tuple((1, height, width) for count, height, width in pictures_of(pinned) for _ in range(count))
+    torch._assert_async(_agree(ids[ids.shape[0] - count_tokens(pinned) :], frames), _NOT_PINNED)
+    return Reading(pinned)
 
 
 def _packed(ids: torch.Tensor, video_indices: torch.Tensor) -> Reading:

@@ -24,6 +24,7 @@ from .tiny import build, stir
 from .tiny_parts import T, position_ids
 from .tiny_wrapped import build_wrapped
 
+_NEWEST = pytest.mark.skipif(not hasattr(diffusers, "Flux3Transformer2DModel"), reason="an older diffusers")
 _OUTSIDE = ("outside the families", "joint text-image attention", "image and text keys share one softmax")
 
 # What classes are made with that their defaults do not suffice for.
@@ -96,7 +97,7 @@ def test_every_layer_that_attends_has_a_row_or_a_reason(cls):
         assert finding.reason is None or not any(word in finding.reason for word in _OUTSIDE), finding.name
 
 
-@pytest.mark.skipif(not hasattr(diffusers.models, "Flux3Transformer2DModel"), reason="an older diffusers")
+@_NEWEST
 def test_no_row_and_no_reason_is_of_a_class_that_is_gone():
     names = {name for found in _modules() for name in dir(found)}
     assert {family.owner for family in FAMILIES} <= names
@@ -165,6 +166,7 @@ def test_layers_that_are_linear_already_are_left_alone():
     assert reasons["layers.1.self_attn"] is None
 
 
+@_NEWEST
 def test_differential_attention_is_named():
     with torch.device("meta"):
         model = diffusers.StableAudio3DiTModel(depth=1)
@@ -285,3 +287,45 @@ def test_padding_of_a_signal_does_not_matter():
     with torch.no_grad():
         both = [tiny(attention_mask=mask, hidden_states=x) for x in (tiny.inputs["hidden_states"], changed)]
     torch.testing.assert_close(*both)
+
+
+def test_image_tokens_of_hunyuanvideo15_count_where_there_is_an_image():
+    tiny = build_wrapped("hunyuanvideo15")
+    stir(linearize(tiny.model))
+    inputs = {**tiny.inputs, "image_embeds": torch.randn(2, 3, 8)}
+    with torch.no_grad():
+        together = tiny.model(**inputs)[0][1]
+        torch.testing.assert_close(tiny.model(**_second(inputs, _TEXT))[0][0], together, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(tiny.model(**tiny.inputs)[0][1], together)
+
+
+def test_qwenimage21_from_its_cache_is_what_it_is_whole():
+    tiny = build_wrapped("qwenimage21")
+    adapter = linearize(tiny.model)
+    stir(adapter)
+    home = inspect.getmodule(type(tiny.model))
+    cache = home.QwenImage21KVCache(len(tiny.model.transformer_blocks))
+    with torch.no_grad():
+        whole = tiny()
+        target = tiny.model(**tiny.inputs, kv_cache=cache, kv_cache_mode="extract")[0]
+        assert torch.equal(target.flatten(), whole)
+        cached = tiny.model(**tiny.inputs, kv_cache=cache, kv_cache_mode="cached")[0]
+        torch.testing.assert_close(cached, target[:, -cached.shape[1] :], rtol=1e-4, atol=1e-5)
+        adapter.add_deltas(("q", "k", "v", "out"), 2)
+        assert torch.equal(tiny(), whole)
+
+
+def test_references_of_glm_are_keys_beside_the_picture():
+    tiny = build_wrapped("glm")
+    adapter = linearize(tiny.model)
+    stir(adapter)
+    home = inspect.getmodule(type(tiny.model))
+    cache = home.GlmImageKVCache(num_layers=2)
+    first = {name: value[:1] for name, value in tiny.inputs.items()}
+    with torch.no_grad():
+        plain = tiny.model(**first)[0]
+        cache.set_mode("write")
+        tiny.model(**first, kv_caches=cache)
+        cache.set_mode("read")
+        seen = tiny.model(**first, kv_caches=cache)[0]
+    assert seen.isfinite().all() and not torch.allclose(seen, plain)
