@@ -248,13 +248,20 @@ def test_what_is_not_finite_is_no_checkpoint_and_no_result(cache_folder: Path, t
     assert all(parameter.isfinite().all() for parameter in good.adapter.parameters())
 
 
-def test_a_result_that_is_not_finite_is_an_error(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = distiller(cache_folder, None, replace(SETTINGS, stages=("transfer",)))
+def test_losses_that_are_not_finite_stop_it(
+    cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = distiller(cache_folder, tmp_path, replace(SETTINGS, stages=("transfer",)))
     gap = Gap(1.0, float("nan"), float("nan"))
     monkeypatch.setattr(run, "evaluate", lambda: gap)
     with pytest.raises(FloatingPointError, match="transfer ended with a held-out loss that is not finite"):
         run.run()
-    assert Progress.from_json(json.loads(json.dumps(run.progress.to_json(), allow_nan=False))).gaps["raw"].teacher == 1
+    resumed = distiller(cache_folder, tmp_path, run.settings)  # the raw swap may well not be finite
+    assert resumed.load_checkpoint() is not None and resumed.progress.gaps["raw"].teacher == 1
+    monkeypatch.setattr(resumed, "evaluate", lambda: Gap(float("inf"), 1.0, 1.0))
+    with pytest.raises(FloatingPointError, match="teacher's own loss"):
+        resumed.progress = Progress()
+        resumed.run()
 
 
 def test_a_damaged_history_is_mended(cache_folder: Path, tmp_path: Path) -> None:
