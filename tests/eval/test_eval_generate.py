@@ -17,10 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import files, generate
-from eval.cli import main
-from eval.pipelines import load_pipeline
-from eval.processes import Processes
+from flatten_diffusion import files
+from flatten_eval import generate
+from flatten_eval.cli import main
+from flatten_eval.pipelines import load_pipeline
+from flatten_eval.processes import Processes
 
 from .pieces import ROOT, child_environment, command_line
 
@@ -220,7 +221,7 @@ class Demanding(Asks):
     ],
 )
 def test_sizes_that_the_pipeline_does_not_take(kind: type[Asks], size: tuple[int, int], message: str | None) -> None:
-    from eval.errors import InputError
+    from flatten_eval.errors import InputError
 
     settings = generate.GenerationSettings(pipeline="x", height=size[0], width=size[1])
     if message is None:
@@ -245,7 +246,7 @@ def test_sizes_of_real_pipelines(name: str, attributes: dict[str, int], wrong: i
     """The classes' own checks, without their models."""
     import diffusers
 
-    from eval.errors import InputError
+    from flatten_eval.errors import InputError
 
     pipeline = object.__new__(getattr(diffusers, name))
     for attribute, value in (attributes | {"vae_scale_factor": 8}).items():
@@ -280,7 +281,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_picture(
 
 
 def test_a_picture_of_nan_is_refused(tiny_pipeline: Path, prompts: Path, tmp_path: Path) -> None:
-    from eval.errors import InputError
+    from flatten_eval.errors import InputError
 
     pipeline = load_pipeline(str(tiny_pipeline), dtype="float32", device=CPU, offline=True)
     pipeline.vae.decoder.conv_out.bias.data.fill_(float("nan"))
@@ -309,7 +310,7 @@ def test_pipelines_without_prompts(tmp_path: Path, run_json: Run, run_error: Fai
 
 
 def test_labels_of_class_conditional_pipelines() -> None:
-    from eval.errors import InputError
+    from flatten_eval.errors import InputError
 
     class DiT:
         labels = {"tench": 0, "goldfish": 1}

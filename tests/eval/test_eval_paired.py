@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.errors import InputError
-from eval.paired import load_lpips, measure_pairs, psnr, ssim, summarise
+from flatten_eval.errors import InputError
+from flatten_eval.metrics.paired import load_lpips, measure_pairs, psnr, ssim, summarise
 
 from .pieces import draw
 

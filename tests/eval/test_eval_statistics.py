@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from eval.errors import InputError
-from eval.features import ExtractorIdentity
-from eval.statistics import FORMAT, Moments, Statistics, load_statistics, save_statistics
+from flatten_eval.errors import InputError
+from flatten_eval.features import ExtractorIdentity
+from flatten_eval.metrics.statistics import FORMAT, Moments, Statistics, load_statistics, save_statistics
 
 IDENTITY = ExtractorIdentity("own", "ab" * 32, "clean-299", "v")
 
