@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import torch
+
 import flatten_diffusion
 import flatten_eval
-import torch
 from flatten_diffusion import linearize, load_adapter, restore
 from flatten_diffusion.scenes import ADAPTER_DIR, load_scenes_pipeline
 

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..files import write_json, write_text
 from ..generate import check_settings, generate, jobs_from, settings_from
 from ..images import load_captions, open_images
-from ..metrics.paired import load_lpips, measure_pairs, summarise
+from ..metrics.paired import load_lpips, measure_pairs, require_torchmetrics, summarise
 from ..metrics.quality import check_sources, evaluate_quality, open_source
 from ..pipelines import PIPELINES, apply_adapter, denoiser
 from ..processes import join_processes
@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> Outcome | None:
     """
     if arguments.adapter is None:
         raise InputError("compare needs --adapter: it sets the original beside the converted pipeline")
+    require_torchmetrics()
     prompts, output = prompts_from(arguments), arguments.output
     jobs = jobs_from(arguments, prompts)
     real = open_source(arguments.real) if arguments.real is not None else None

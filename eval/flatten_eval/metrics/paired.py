@@ -1,28 +1,27 @@
-"""Pictures of the same prompt and seed, compared pixel by pixel: PSNR, SSIM, and LPIPS where it is installed."""
+"""Images of the same prompt and seed, compared pixel by pixel: PSNR, SSIM, and LPIPS where it is installed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..errors import InputError
-from ..images import ImageReader, ImageSet, Pixels, UnreadableImage, open_images, unreadable_message
+from ..images import ImageReader, Pixels, UnreadableImage, open_images
 
-WINDOW = 11
-SIGMA = 1.5
+_SSIM_WINDOW = 11
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair. `psnr` is infinite for identical pictures; `lpips` is None where it is not available."""
+    """One pair. `psnr` is infinite for identical images; `lpips` is None where it is not available."""
 
     name: str
     psnr: float
@@ -30,14 +29,20 @@ class Pair:
     lpips: float | None
 
 
+def require_torchmetrics() -> None:
+    """Raises InputError before a long run where pairs cannot be measured."""
+    if find_spec("torchmetrics") is None:
+        raise InputError("SSIM needs torchmetrics; install the eval extra (flatten-diffusion[eval])")
+
+
 def psnr(first: Pixels, second: Pixels) -> float:
-    """Peak signal-to-noise ratio in decibels of two uint8 pictures [H, W, 3], in float64; infinite when equal."""
+    """Peak signal-to-noise ratio in decibels of two uint8 images [H, W, 3], in float64; infinite when equal."""
     error = float(np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2))
     return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
 
 
 def ssim(first: Pixels, second: Pixels) -> float:
-    """Structural similarity of two uint8 pictures [H, W, 3], in float64 (Wang et al., IEEE TIP 2004, eq. 13).
+    """Structural similarity of two uint8 images [H, W, 3], in float64 (Wang et al., IEEE TIP 2004, eq. 13).
 
     Gaussian window of 11x11, sigma 1.5, K1 0.01, K2 0.03; only windows wholly inside count; the mean over the three
     channels.
@@ -45,24 +50,20 @@ def ssim(first: Pixels, second: Pixels) -> float:
     Raises:
         InputError: a side is shorter than the window.
     """
-    if min(first.shape[:2]) < WINDOW:
-        raise InputError(f"SSIM needs pictures of at least {WINDOW}x{WINDOW}, got {first.shape[1]}x{first.shape[0]}")
-    x, y = (torch.from_numpy(picture.astype(np.float64)).permute(2, 0, 1)[:, None] for picture in (first, second))
-    mean_x, mean_y = _blur(x), _blur(y)
-    variance_x = _blur(x * x) - mean_x**2
-    variance_y = _blur(y * y) - mean_y**2
-    covariance = _blur(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    return float((luminance * structure).mean())
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    if min(first.shape[:2]) < _SSIM_WINDOW:
+        shown = f"{first.shape[1]}x{first.shape[0]}"
+        raise InputError(f"SSIM needs images of at least {_SSIM_WINDOW}x{_SSIM_WINDOW}, got {shown}")
+    _, windows = structural_similarity_index_measure(
+        _batch(first), _batch(second), data_range=255.0, return_full_image=True
+    )
+    inside = slice(_SSIM_WINDOW // 2, -(_SSIM_WINDOW // 2))
+    return float(windows[..., inside, inside].mean())
 
 
-def _blur(x: torch.Tensor) -> torch.Tensor:
-    offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
-    weight = torch.exp(-offsets.square() / (2 * SIGMA**2))
-    weight = weight / weight.sum()
-    return F.conv2d(F.conv2d(x, weight.view(1, 1, WINDOW, 1)), weight.view(1, 1, 1, WINDOW))
+def _batch(pixels: Pixels) -> torch.Tensor:
+    return torch.from_numpy(pixels.astype(np.float64)).permute(2, 0, 1)[None]
 
 
 def load_lpips(device: torch.device, offline: bool) -> tuple[Callable[[Pixels, Pixels], float] | None, str | None]:
@@ -80,28 +81,10 @@ def load_lpips(device: torch.device, offline: bool) -> tuple[Callable[[Pixels, P
 
     @torch.inference_mode()
     def measure(first: Pixels, second: Pixels) -> float:
-        x, y = (
-            torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None].to(device) / 127.5 - 1
-            for picture in (first, second)
-        )
+        x, y = (_batch(pixels).float().to(device) / 127.5 - 1 for pixels in (first, second))
         return float(network(x, y))
 
     return measure, None
-
-
-def match_pairs(original: Path, candidate: Path) -> tuple[ImageSet, ImageSet]:
-    """The two sets, which must hold the same names.
-
-    Raises:
-        InputError: a picture is missing on one side.
-    """
-    first, second = open_images(original), open_images(candidate)
-    only = sorted(set(first.names) ^ set(second.names))
-    if only:
-        raise InputError(
-            f"{original} and {candidate}: {len(only)} pictures have no partner of the same name (first: {only[0]})"
-        )
-    return first, second
 
 
 def measure_pairs(
@@ -110,27 +93,25 @@ def measure_pairs(
     """Every pair's numbers, in name order.
 
     Raises:
-        InputError: pictures without partner, unreadable, or of two sizes.
+        InputError: images without partner of the same name, unreadable, or of two sizes.
     """
-    first, second = match_pairs(original, candidate)
+    first, second = open_images(original), open_images(candidate)
+    only = sorted(set(first.names) ^ set(second.names))
+    if only:
+        lonely = f"{len(only)} images have no partner of the same name (first: {only[0]})"
+        raise InputError(f"{original} and {candidate}: {lonely}")
     pairs: list[Pair] = []
     with ImageReader(first) as first_reader, ImageReader(second) as second_reader:
         for name in tqdm(first.names, unit="pair", desc="pairs", disable=None):
-            x, y = _read(first_reader, first, name), _read(second_reader, second, name)
+            try:
+                x, y = first_reader.pixels(name), second_reader.pixels(name)
+            except UnreadableImage as error:
+                raise InputError(f"{original} or {candidate}: {name} cannot be read; repair or remove it") from error
             if x.shape != y.shape:
-                raise InputError(
-                    f"{name}: {x.shape[1]}x{x.shape[0]} in {original} but {y.shape[1]}x{y.shape[0]} in {candidate}; "
-                    "paired metrics need equal sizes"
-                )
+                sides = f"{x.shape[1]}x{x.shape[0]} in {original} but {y.shape[1]}x{y.shape[0]} in {candidate}"
+                raise InputError(f"{name}: {sides}; paired metrics need equal sizes")
             pairs.append(Pair(name, psnr(x, y), ssim(x, y), lpips(x, y) if lpips is not None else None))
     return pairs
-
-
-def _read(reader: ImageReader, images: ImageSet, name: str) -> Pixels:
-    try:
-        return reader.pixels(name)
-    except UnreadableImage as error:
-        raise InputError(unreadable_message(images.path, [name], len(images))) from error
 
 
 def summarise(pairs: list[Pair], lpips_missing: str | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from ..errors import InputError
@@ -31,97 +32,41 @@ class Architecture:
 
 
 _DIT_BLOCKS: dict[str, Any] = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 28,
-    "patch_size": 2,
-    "attention_bias": True,
-    "activation_fn": "gelu-approximate",
-    "num_embeds_ada_norm": 1000,
+    "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28,
+    "patch_size": 2, "attention_bias": True, "activation_fn": "gelu-approximate", "num_embeds_ada_norm": 1000,
     "norm_elementwise_affine": False,
-}
-
+}  # fmt: skip
 ARCHITECTURES: dict[str, Architecture] = {
     "sd15": Architecture(
         "UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, 50
     ),
-    "sd21": Architecture(
-        "UNet2DConditionModel",
-        {
-            "sample_size": 96,
-            "cross_attention_dim": 1024,
-            "attention_head_dim": (5, 10, 20, 20),
-            "use_linear_projection": True,
-        },
-        50,
-    ),
-    "sdxl": Architecture(
-        "UNet2DConditionModel",
-        {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "cross_attention_dim": 2048,
-            "attention_head_dim": (5, 10, 20),
-            "transformer_layers_per_block": (1, 2, 10),
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        50,
-    ),
+    "sd21": Architecture("UNet2DConditionModel", {
+        "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    }, 50),
+    "sdxl": Architecture("UNet2DConditionModel", {
+        "sample_size": 128, "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20), "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }, 50),
     "dit": Architecture("DiTTransformer2DModel", _DIT_BLOCKS | {"sample_size": 32, "norm_type": "ada_norm_zero"}, 250),
-    "pixart": Architecture(
-        "PixArtTransformer2DModel",
-        _DIT_BLOCKS
-        | {
-            "sample_size": 128,
-            "cross_attention_dim": 1152,
-            "caption_channels": 4096,
-            "norm_type": "ada_norm_single",
-            "norm_eps": 1e-6,
-            "use_additional_conditions": False,
-        },
-        20,
-    ),
-    "sd3": Architecture(
-        "SD3Transformer2DModel",
-        {
-            "sample_size": 128,
-            "patch_size": 2,
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": 24,
-            "attention_head_dim": 64,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "caption_projection_dim": 1536,
-            "pooled_projection_dim": 2048,
-            "pos_embed_max_size": 192,
-        },
-        28,
-    ),
-    "flux": Architecture(
-        "FluxTransformer2DModel",
-        {
-            "patch_size": 1,
-            "in_channels": 64,
-            "num_layers": 19,
-            "num_single_layers": 38,
-            "attention_head_dim": 128,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768,
-            "guidance_embeds": True,
-        },
-        28,
-        guidance_batches=1,
-    ),
-}
+    "pixart": Architecture("PixArtTransformer2DModel", _DIT_BLOCKS | {
+        "sample_size": 128, "cross_attention_dim": 1152, "caption_channels": 4096, "norm_type": "ada_norm_single",
+        "norm_eps": 1e-6, "use_additional_conditions": False,
+    }, 20),
+    "sd3": Architecture("SD3Transformer2DModel", {
+        "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+        "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+    }, 28),
+    "flux": Architecture("FluxTransformer2DModel", {
+        "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
+        "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
+    }, 28, guidance_batches=1),
+}  # fmt: skip
 
 
 def build_model(name: str, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -158,7 +103,7 @@ def _build(architecture: Architecture, device: torch.device, dtype: torch.dtype)
     # Built in the target dtype and place, so that no second copy is ever held.
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device):
+        with device:
             model: torch.nn.Module = getattr(diffusers, architecture.model)(**architecture.config)
     finally:
         torch.set_default_dtype(previous)
@@ -169,11 +114,7 @@ def free_memory(device: torch.device) -> int | None:
     """Free bytes on the device; None where it cannot be told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) if device.type == "cpu" else None
 
 
 def check_size(model: Any, height: int, width: int, compression: int = 8) -> None:
@@ -224,27 +165,25 @@ def _unet(model: Any, random: _Random, height: int, width: int, batch: int) -> I
     return inputs
 
 
-def _dit(model: Any, random: _Random, height: int, width: int, batch: int) -> Inputs:
+def _latents(model: Any, random: _Random, height: int, width: int, batch: int) -> Inputs:
     sample = random(batch, model.config.in_channels, height, width)
-    timestep = torch.full((batch,), 500, device=sample.device)
-    return {"hidden_states": sample, "timestep": timestep, "class_labels": torch.zeros_like(timestep)}
+    return {"hidden_states": sample, "timestep": torch.full((batch,), 500, device=sample.device)}
+
+
+def _dit(model: Any, random: _Random, height: int, width: int, batch: int) -> Inputs:
+    inputs = _latents(model, random, height, width, batch)
+    return inputs | {"class_labels": torch.zeros_like(inputs["timestep"])}
 
 
 def _pixart(model: Any, random: _Random, height: int, width: int, batch: int) -> Inputs:
-    sample = random(batch, model.config.in_channels, height, width)
-    return {
-        "hidden_states": sample,
-        "timestep": torch.full((batch,), 500, device=sample.device),
+    return _latents(model, random, height, width, batch) | {
         "encoder_hidden_states": random(batch, 300, model.config.caption_channels),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
 
 
 def _sd3(model: Any, random: _Random, height: int, width: int, batch: int) -> Inputs:
-    sample = random(batch, model.config.in_channels, height, width)
-    return {
-        "hidden_states": sample,
-        "timestep": torch.full((batch,), 500, device=sample.device),
+    return _latents(model, random, height, width, batch) | {
         "encoder_hidden_states": random(batch, 154, model.config.joint_attention_dim),
         "pooled_projections": random(batch, model.config.pooled_projection_dim),
     }
