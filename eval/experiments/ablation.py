@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ from flatten_diffusion.distill.buckets import check_sizes
 from flatten_diffusion.distill.latents import pixels_per_token_step
 from flatten_diffusion.mixers import (
     FocusedLinearAttention,
-    Grid,
     Mixer,
     MixerSpec,
     ProjectionDelta,
@@ -74,12 +73,7 @@ class EluMlpAttention(Mixer):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        grid: Grid | None = None,
-        key_mask: torch.Tensor | None = None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Any = None, key_mask: Any = None
     ) -> torch.Tensor:
         """See `Mixer.forward`; no mask."""
         shape = query.shape
@@ -101,12 +95,7 @@ class MergedHeads(Mixer):
         self.uses_grid = self.attention.uses_grid
 
     def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        grid: Grid | None = None,
-        key_mask: torch.Tensor | None = None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Any = None, key_mask: Any = None
     ) -> torch.Tensor:
         """See `Mixer.forward`."""
         merged = (x.flatten(2).unsqueeze(2) for x in (query, key, value))
@@ -178,45 +167,58 @@ def run_variant(variant: Variant, budget: Budget) -> tuple[dict[str, Gap], int, 
     try:
         if variant.fresh:
             refresh(adapter, budget.settings.seed)
-        distiller = Distiller(
-            Accelerator(),
-            adapter,
-            Diffusion(budget.pipeline.scheduler),
-            *budget.data,
-            replace(budget.settings, **variant.settings),
-        )
-        progress = distiller.run()
+        diffusion, settings = Diffusion(budget.pipeline.scheduler), replace(budget.settings, **variant.settings)
+        progress = Distiller(Accelerator(), adapter, diffusion, *budget.data, settings).run()
         size = sum(parameter.numel() for parameter in adapter.parameters())
         return progress.gaps, size, sum(progress.seconds.values())
     finally:
         restore(model)
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as markdown: the share of the raw focused swap's gap closed after each stage."""
-    lines = ["| variant | " + " | ".join(("raw", *STAGES)) + " | parameters |", "|---" * (len(STAGES) + 3) + "|"]
+    """The share of the raw focused swap's gap closed after each stage."""
+    stages, rows = ("raw", *STAGES), []
     for row in results:
-        cells = [f"{row['gap_closed'][s]:.1%}" if s in row["gap_closed"] else "-" for s in ("raw", *STAGES)]
-        lines.append(f"| {row['variant']} | " + " | ".join(cells) + f" | {row['parameters']:,} |")
-    return "\n".join(lines)
+        cells = [f"{row['gap_closed'][s]:.1%}" if s in row["gap_closed"] else "-" for s in stages]
+        rows.append([row["variant"], *cells, f"{row['parameters']:,}"])
+    return markdown(["variant", *stages, "parameters"], rows)
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars of the gap closed at the end of each variant."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     names = [row["variant"] for row in results][::-1]
     closed = [100 * list(row["gap_closed"].values())[-1] for row in results][::-1]
-    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(names) + 1.2))
+    figure = Figure(figsize=(8, 0.4 * len(names) + 1.2), layout="tight")
+    axes = figure.add_subplot()
     axes.barh(names, closed, color=["#3569b7" if name.endswith("recipe)") else "#9db7dd" for name in names])
     axes.axvline(100, color="black", linewidth=0.8)
     axes.set_xlabel("denoising-loss gap of the raw swap closed, %")
     axes.set_xlim(min(0.0, *closed) - 2, max(100.0, *closed) + 4)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+def add_budget_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """What `prepare` reads: the data, and how long every variant learns from it."""
+    parser.add_argument("--train_data_dir", type=Path, default=None, help="captioned images; default: drawn scenes")
+    parser.add_argument("--num_scenes", type=int, default=2000, help="scenes drawn without --train_data_dir")
+    parser.add_argument("--cache_dir", type=Path, default=None, help="of latents; default: a temporary folder")
+    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--train_batch_size", type=int, default=16)
+    parser.add_argument("--transfer_steps", type=int, default=100)
+    parser.add_argument("--max_train_steps", type=int, default=100, help="of finetune")
+    parser.add_argument("--evaluation_batches", type=int, default=32, help="of held-out noise draws per measurement")
+    parser.add_argument("--transfer_learning_rate", type=float, default=3e-3)
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of finetune")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=None)
+    parser.set_defaults(**defaults)
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -224,22 +226,11 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--pretrained_model_name_or_path", default="scenes", help="folder, Hub id, scenes or scenes-sd3"
     )
-    parser.add_argument("--train_data_dir", type=Path, default=None, help="captioned pictures; default: drawn scenes")
-    parser.add_argument("--num_scenes", type=int, default=2000, help="scenes drawn without --train_data_dir")
-    parser.add_argument("--cache_dir", type=Path, default=None, help="of latents; default: a temporary folder")
-    parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--include", nargs="*", default=None, help="patterns of the attention layers to convert")
     parser.add_argument("--min_tokens", type=int, default=0)
-    parser.add_argument("--train_batch_size", type=int, default=16)
-    parser.add_argument("--transfer_steps", type=int, default=100)
-    parser.add_argument("--max_train_steps", type=int, default=100)
-    parser.add_argument("--evaluation_batches", type=int, default=32, help="of held-out noise draws per measurement")
-    parser.add_argument("--transfer_learning_rate", type=float, default=3e-3)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--variants", nargs="*", default=None, help="substrings of variant names; default: all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--plot", type=Path, default=None)
+    add_budget_arguments(parser)
     return parser.parse_args(arguments)
 
 
@@ -273,29 +264,40 @@ def prepare(args: argparse.Namespace, temporary: Path) -> Budget:
     return Budget(pipeline, config, settings, cache.split(max(1, min(256, len(cache) // 10))))
 
 
+def reporting(run: Callable[[argparse.Namespace, Path], None], args: argparse.Namespace) -> int:
+    """Runs with a temporary folder; 0 done, 2 wrong input, told in one line."""
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            run(args, Path(temporary))
+        except (OSError, ValueError, InputError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def record(module: str, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """How a result was made."""
+    command = " ".join([f"python -m eval.experiments.{module}", *(sys.argv[1:] if arguments is None else arguments)])
+    return {"command": command, "environment": environment(Accelerator().device)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ablation; 0 done, 2 wrong input."""
     args = parse_args(arguments)
     chosen = [v for v in VARIANTS if args.variants is None or any(part in v.name for part in args.variants)]
-    if not chosen:
-        print(f"error: --variants matches none of: {'; '.join(v.name for v in VARIANTS)}", file=sys.stderr)
-        return 2
-    results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            budget = prepare(args, Path(temporary))
-        except (OSError, ValueError, InputError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+
+    def run(args: argparse.Namespace, temporary: Path) -> None:
+        if not chosen:
+            raise InputError(f"--variants matches none of: {'; '.join(v.name for v in VARIANTS)}")
+        budget, results = prepare(args, temporary), []
         raw: Gap | None = None
         for variant in chosen:
             gaps, size, seconds = run_variant(variant, budget)
             raw = raw or gaps["raw"]
-            closed = {stage: gap.closed(raw) for stage, gap in gaps.items()}
             results.append(
                 {
                     "variant": variant.name,
-                    "gap_closed": closed,
+                    "gap_closed": {stage: gap.closed(raw) for stage, gap in gaps.items()},
                     "loss": {stage: gap.student for stage, gap in gaps.items()},
                     "distance_to_teacher": {stage: gap.distance for stage, gap in gaps.items()},
                     "teacher_loss": gaps["raw"].teacher,
@@ -304,13 +306,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 }
             )
             print(table(results[-1:]).splitlines()[-1], flush=True)
-    print("\n" + table(results))
-    if args.json is not None:
-        document = {"command": " ".join(["python -m eval.experiments.ablation", *(arguments or sys.argv[1:])])}
-        write_json(args.json, {**document, "environment": environment(Accelerator().device), "results": results})
-    if args.plot is not None:
-        plot(results, args.plot)
-    return 0
+        print("\n" + table(results))
+        if args.json is not None:
+            write_json(args.json, record("ablation", arguments) | {"results": results})
+        if args.plot is not None:
+            plot(results, args.plot)
+
+    return reporting(run, args)
 
 
 if __name__ == "__main__":

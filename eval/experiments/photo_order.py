@@ -1,4 +1,4 @@
-"""Whether distances order as they must on real pictures: halves of one set are near, damaged copies far.
+"""Whether distances order as they must on real images: halves of one set are near, damaged copies far.
 
     python -m eval.experiments.photo_order PHOTOS --json order.json
 
@@ -17,22 +17,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter
 from tqdm.auto import tqdm
 
 from flatten_eval.cli import main as flatten_eval
 from flatten_eval.files import write_json
+from flatten_eval.versions import environment
 
 DEFAULT_EXTRACTOR = "flatten_eval.features.pixels:edges"
 
 
-def blur(radius: float) -> Callable[[Image.Image, int], Image.Image]:
+Damage = Callable[[Image.Image, int], Image.Image]
+
+
+def blur(radius: float) -> Damage:
     """Gaussian blur of `radius` pixels."""
     return lambda image, _: image.filter(ImageFilter.GaussianBlur(radius))
 
 
-def noise(deviation: float) -> Callable[[Image.Image, int], Image.Image]:
-    """Gaussian noise of `deviation` in 0..255, seeded by the picture's number."""
+def noise(deviation: float) -> Damage:
+    """Gaussian noise of `deviation` in 0..255, seeded by the image's number."""
 
     def damage(image: Image.Image, index: int) -> Image.Image:
         values = np.asarray(image, np.float64)
@@ -42,7 +47,7 @@ def noise(deviation: float) -> Callable[[Image.Image, int], Image.Image]:
     return damage
 
 
-def jpeg(quality: int) -> Callable[[Image.Image, int], Image.Image]:
+def jpeg(quality: int) -> Damage:
     """Written as JPEG of `quality` and read again."""
 
     def damage(image: Image.Image, _: int) -> Image.Image:
@@ -53,14 +58,11 @@ def jpeg(quality: int) -> Callable[[Image.Image, int], Image.Image]:
     return damage
 
 
-DAMAGES = {
+DAMAGES: dict[str, Damage] = {
     "half": lambda image, _: image,
-    "blur 1": blur(1),
-    "blur 3": blur(3),
-    "noise 10": noise(10),
-    "noise 30": noise(30),
-    "jpeg 60": jpeg(60),
-    "jpeg 15": jpeg(15),
+    **{f"blur {radius}": blur(radius) for radius in (1, 3)},
+    **{f"noise {deviation}": noise(deviation) for deviation in (10, 30)},
+    **{f"jpeg {quality}": jpeg(quality) for quality in (60, 15)},
 }
 ORDER = (("half", "blur 1", "blur 3"), ("half", "noise 10", "noise 30"), ("half", "jpeg 60", "jpeg 15"))
 
@@ -69,7 +71,7 @@ def distances(photos: Path, extractor: str) -> dict[str, float]:
     """The Fréchet distance of each damaged second half to the first half."""
     files = sorted(path for path in photos.iterdir() if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
     if len(files) < 4:
-        raise SystemExit(f"{photos}: {len(files)} pictures; give a folder of at least 4")
+        raise SystemExit(f"{photos}: {len(files)} images; give a folder of at least 4")
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         folders = {name: Path(scratch) / name.replace(" ", "-") for name in ("real", *DAMAGES)}
@@ -95,7 +97,7 @@ def distances(photos: Path, extractor: str) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", type=Path, help="folder of pictures of one size")
+    parser.add_argument("photos", type=Path, help="folder of images of one size")
     parser.add_argument("--extractor", default=DEFAULT_EXTRACTOR, help="as in flatten-eval fid")
     parser.add_argument("--json", type=Path, help="write the distances there")
     arguments = parser.parse_args(argv)
@@ -104,11 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {"extractor": arguments.extractor, "frechet_distance": found, "broken_orders": broken}
     print(json.dumps(result, indent=2))
     if arguments.json is not None:
-        import torch
-
-        from flatten_eval.versions import environment
-
-        command = "python -m eval.experiments.photo_order PHOTOS --extractor " + arguments.extractor
+        command = f"python -m eval.experiments.photo_order PHOTOS --extractor {arguments.extractor}"
         write_json(arguments.json, {"command": command} | result | {"environment": environment(torch.device("cpu"))})
     return 1 if broken else 0
 

@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,14 +44,13 @@ from flatten_diffusion.distill.conditioning import LAST_TOKEN_COUNTS, predict
 from flatten_diffusion.distill.ema import AdapterEMA
 from flatten_diffusion.distill.objective import relative_error
 from flatten_diffusion.distill.record import LayerCall, watch_teacher
-from flatten_diffusion.mixers import FocusedLinearAttention, Grid, MixerSpec, describe_grid, pictures_of, register_mixer
+from flatten_diffusion.mixers import FocusedLinearAttention, MixerSpec, describe_grid, pictures_of, register_mixer
 from flatten_diffusion.ops import focused_feature_map
 from flatten_diffusion.ops.focused_linear.reference import NORMALIZER_EPS
 from flatten_eval.errors import InputError
 from flatten_eval.files import write_json
-from flatten_eval.versions import environment
 
-from .ablation import prepare
+from .ablation import add_budget_arguments, markdown, prepare, record, reporting
 
 FEATURES_FIRST = "rope_features_first"
 """Name of the mixer `FeaturesBeforeRotation`."""
@@ -110,12 +108,7 @@ class FeaturesBeforeRotation(FocusedLinearAttention):
         self.uses_grid = True
 
     def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        grid: Grid | None = None,
-        key_mask: torch.Tensor | None = None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Any = None, key_mask: Any = None
     ) -> torch.Tensor:
         """See `Mixer.forward`; one picture of one frame. Raises ValueError for another grid."""
         pictures = [] if grid is None else pictures_of(grid)
@@ -131,21 +124,17 @@ class FeaturesBeforeRotation(FocusedLinearAttention):
                 key, values = (x.masked_fill(~key_mask[:, :, None, None], 0.0) for x in (key, values))
             query, key = self.map_features(rotate(query, -angle), rotate(key, -angle))
             query, key = (focused_feature_map(x, self.spec.focusing_factor, self.scale) for x in (query, key))
-            count: torch.Tensor | float = float(key.shape[1])
+            count = torch.full((len(key), 1, 1, 1), key.shape[1], dtype=dtype, device=key.device)
             if key_mask is not None:
                 key = key * key_mask[:, :, None, None]
-                count = key_mask.sum(dim=1).clamp(min=1).to(dtype)[:, None, None]
-            normalizer = torch.einsum("bnhd,bhd->bnh", query, key.sum(dim=1) / count) + NORMALIZER_EPS
+                count = key_mask.sum(dim=1).clamp(min=1).to(dtype)[:, None, None, None]
+            normalizer = torch.einsum("bnhd,bhd->bnh", query, (key / count).sum(dim=1)) + NORMALIZER_EPS
             shares = rotate(query, angle) / normalizer[..., None]
-            state = torch.einsum("bmhd,bmhe->bhde", rotate(key, angle) / _per_token(count), values)
+            state = torch.einsum("bmhd,bmhe->bhde", rotate(key, angle) / count, values)
             output = torch.einsum("bnhd,bhde->bnhe", shares, state)
             if self.conv_weight is not None:
                 output = output + self._convolve(values, pictures, key_mask)
         return output.to(value.dtype)
-
-
-def _per_token(count: torch.Tensor | float) -> torch.Tensor | float:
-    return count if isinstance(count, float) else count[..., None]
 
 
 # ---- a model with rotary embeddings ----
@@ -244,7 +233,11 @@ def train(
     started, done = time.monotonic(), 0.0
     bar = tqdm(batches, total=len(batches), desc="train", mininterval=10)
     for step, batch in enumerate(bar):
-        done = step / len(batches) if minutes is None else max(done, step / len(batches), _minutes(started) / minutes)
+        done = (
+            step / len(batches)
+            if minutes is None
+            else max(done, step / len(batches), (time.monotonic() - started) / 60 / minutes)
+        )
         if done >= 1:
             break
         for group in optimizer.param_groups:
@@ -261,10 +254,6 @@ def train(
         bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}")
     average.copy_to_parameters()
     return losses
-
-
-def _minutes(started: float) -> float:
-    return (time.monotonic() - started) / 60
 
 
 def trained_model(
@@ -285,10 +274,10 @@ def trained_model(
         list(NoisyBatches(part, diffusion, args.train_batch_size, range(8), stage="judge", **settings))
         for part in (patched(data)[1], data[1])
     )
-    record: dict[str, Any] = {"scenes-sd3": denoising_loss(source, plain)}
+    seen: dict[str, Any] = {"scenes-sd3": denoising_loss(source, plain)}
     model = build_rotary_model(source, args.seed).to(accelerator.device)
-    record["copied"] = denoising_loss(model, held_out)
-    print(f"held-out loss: scenes-sd3 {record['scenes-sd3']:.4f}, copied {record['copied']:.4f}", flush=True)
+    seen["copied"] = denoising_loss(model, held_out)
+    print(f"held-out loss: scenes-sd3 {seen['scenes-sd3']:.4f}, copied {seen['copied']:.4f}", flush=True)
     started = time.monotonic()
     batches = NoisyBatches(
         patched(data)[0], diffusion, args.train_batch_size, range(args.train_steps), stage="rope",
@@ -296,20 +285,17 @@ def trained_model(
     )  # fmt: skip
     bf16 = args.train_precision == "bf16"
     losses = train(model, batches, args.train_learning_rate, bf16=bf16, minutes=args.train_minutes)
-    record["trained"] = denoising_loss(model, held_out)
-    record["train losses"] = [round(sum(part) / len(part), 5) for part in _parts(losses, 100)]
-    record["steps"], record["seconds"] = len(losses), round(time.monotonic() - started, 1)
-    record["precision"] = args.train_precision
-    print(f"held-out loss: trained {record['trained']:.4f}", flush=True)
+    seen["trained"] = denoising_loss(model, held_out)
+    parts = [losses[start : start + 100] for start in range(0, len(losses), 100)]
+    seen["train losses"] = [round(sum(part) / len(part), 5) for part in parts]
+    seen["steps"], seen["seconds"] = len(losses), round(time.monotonic() - started, 1)
+    seen["precision"] = args.train_precision
+    print(f"held-out loss: trained {seen['trained']:.4f}", flush=True)
     model.requires_grad_(False)
     if folder is not None:
         model.save_pretrained(folder)
-        write_json(folder / "training.json", record)
-    return model, record
-
-
-def _parts(values: Sequence[float], size: int) -> list[Sequence[float]]:
-    return [values[start : start + size] for start in range(0, len(values), size)]
+        write_json(folder / "training.json", seen)
+    return model, seen
 
 
 # ---- the two ways ----
@@ -386,22 +372,27 @@ def compare(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """As markdown: the distance to the teacher and, behind it, the loss above the teacher's, after each stage."""
-    lines = ["| way | " + " | ".join(_STAGES) + " |", "|---" * (len(_STAGES) + 1) + "|"]
-    for row in rows:
-        cells = [f"{row['distance_to_teacher'][s]:.5f} (+{row['loss_above_teacher'][s]:.5f})" for s in _STAGES]
-        lines.append(f"| {row['way']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    """The distance to the teacher and, behind it, the loss above the teacher's, after each stage."""
+    return markdown(
+        ["way", *_STAGES],
+        [
+            [
+                row["way"],
+                *(f"{row['distance_to_teacher'][s]:.5f} (+{row['loss_above_teacher'][s]:.5f})" for s in _STAGES),
+            ]
+            for row in rows
+        ],
+    )
 
 
 def layer_table(rows: Sequence[dict[str, Any]]) -> str:
-    """As markdown: each layer's relative error, raw and at the end of each way."""
+    """Each layer's relative error, raw and at the end of each way."""
     titles = [f"{row['way']}, {moment}" for row in rows for moment in ("raw", "distilled")]
-    lines = ["| layer | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    for name in rows[0]["layers"]:
-        cells = [f"{row[moment][name]:.4f}" for row in rows for moment in ("layers", "layers at the end")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    cells = [
+        [name, *(f"{row[moment][name]:.4f}" for row in rows for moment in ("layers", "layers at the end"))]
+        for name in rows[0]["layers"]
+    ]
+    return markdown(["layer", *titles], cells)
 
 
 # ---- command line ----
@@ -409,71 +400,48 @@ def layer_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_data_dir", type=Path, default=None, help="captioned pictures; default: drawn scenes")
-    parser.add_argument("--num_scenes", type=int, default=3200, help="scenes drawn without --train_data_dir")
-    parser.add_argument("--cache_dir", type=Path, default=None, help="of latents; default: a temporary folder")
     parser.add_argument(
         "--model_dir", type=Path, default=None, help="keeps the trained model; one that is there is not trained again"
     )
-    parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--train_steps", type=int, default=1200, help="of the model with rotary embeddings")
     parser.add_argument("--train_minutes", type=float, default=None, help="ends it earlier, with fewer steps")
     parser.add_argument("--train_learning_rate", type=float, default=1e-3)
-    parser.add_argument("--train_batch_size", type=int, default=16)
-    parser.add_argument("--transfer_steps", type=int, default=60)
-    parser.add_argument("--max_train_steps", type=int, default=60, help="of finetune")
-    parser.add_argument("--evaluation_batches", type=int, default=8, help="of held-out noise draws per measurement")
-    parser.add_argument("--transfer_learning_rate", type=float, default=3e-3)
-    parser.add_argument("--learning_rate", type=float, default=4e-4, help="of finetune")
     parser.add_argument("--train_precision", choices=("bf16", "float32"), default="bf16", help="of that training only")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=None)
-    # What `prepare` wants to know besides.
-    parser.set_defaults(pretrained_model_name_or_path="scenes-sd3", include=None, min_tokens=0)
+    add_budget_arguments(
+        parser, num_scenes=3200, transfer_steps=60, max_train_steps=60, evaluation_batches=8, learning_rate=4e-4,
+        pretrained_model_name_or_path="scenes-sd3", include=None, min_tokens=0,
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, then compare; 0 done, 2 wrong input."""
-    args = parse_args(arguments)
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            for name in ("train_steps", "transfer_steps", "max_train_steps"):
-                if getattr(args, name) < 1:
-                    raise InputError(f"--{name} is {getattr(args, name)}: pass at least 1")
-            if args.train_minutes is not None and not args.train_minutes > 0:
-                raise InputError(f"--train_minutes is {args.train_minutes}: pass a positive number")
-            accelerator = Accelerator()
-            budget = prepare(args, Path(temporary))
-            model, training = trained_model(args, budget.pipeline, budget.data, accelerator)
-        except (OSError, ValueError, InputError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+
+    def run(args: argparse.Namespace, temporary: Path) -> None:
+        for name in ("train_steps", "transfer_steps", "max_train_steps"):
+            if getattr(args, name) < 1:
+                raise InputError(f"--{name} is {getattr(args, name)}: pass at least 1")
+        if args.train_minutes is not None and not args.train_minutes > 0:
+            raise InputError(f"--train_minutes is {args.train_minutes}: pass a positive number")
+        accelerator, budget = Accelerator(), prepare(args, temporary)
+        model, training = trained_model(args, budget.pipeline, budget.data, accelerator)
         stages, weights = ("transfer", "finetune"), LossWeights(target=0.0, features=0.0)
         settings = replace(budget.settings, stages=stages, weights=weights)
         rows = compare(model, Diffusion(budget.pipeline.scheduler), patched(budget.data), settings, accelerator)
-    print("\n".join(["", table(rows), "", layer_table(rows)]))
-    if args.json is not None:
-        document = {
-            "command": " ".join(["python -m eval.experiments.rope", *(arguments or sys.argv[1:])]),
-            "environment": environment(accelerator.device),
-            "measured": {
-                "model": "FluxTransformer2DModel: the weights of scenes-sd3, rotary embeddings instead of its position "
-                "table, trained on; every layer linear",
-                "training": "mean squared error to the flow-matching target on held-out scenes",
-                "distance_to_teacher, loss_above_teacher": "on held-out scenes, the same noise for both",
-                "layers": "relative squared error at the picture's tokens before the output projection",
-                "gap_closed": "of the raw loss gap of the first way",
-            },
-            "training": training,
-            "results": rows,
+        print("\n".join(["", table(rows), "", layer_table(rows)]))
+        measured = {
+            "model": "FluxTransformer2DModel: the weights of scenes-sd3, rotary embeddings instead of its position "
+            "table, trained on; every layer linear",
+            "training": "mean squared error to the flow-matching target on held-out scenes",
+            "distance_to_teacher, loss_above_teacher": "on held-out scenes, the same noise for both",
+            "layers": "relative squared error at the image's tokens before the output projection",
+            "gap_closed": "of the raw loss gap of the first way",
         }
-        try:
-            write_json(args.json, document)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-    return 0
+        if args.json is not None:
+            found = {"measured": measured, "training": training, "results": rows}
+            write_json(args.json, record("rope", arguments) | found)
+
+    return reporting(run, parse_args(arguments))
 
 
 if __name__ == "__main__":
