@@ -233,11 +233,8 @@ def train(
     started, done = time.monotonic(), 0.0
     bar = tqdm(batches, total=len(batches), desc="train", mininterval=10)
     for step, batch in enumerate(bar):
-        done = (
-            step / len(batches)
-            if minutes is None
-            else max(done, step / len(batches), (time.monotonic() - started) / 60 / minutes)
-        )
+        spent = 0.0 if minutes is None else (time.monotonic() - started) / 60 / minutes
+        done = max(done, step / len(batches), spent)
         if done >= 1:
             break
         for group in optimizer.param_groups:
