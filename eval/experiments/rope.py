@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.accelerator import Accelerator
 from diffusers import FluxTransformer2DModel
+from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from flatten_diffusion import AdapterConfig, linearize, restore
@@ -41,7 +42,6 @@ from flatten_diffusion.distill import (
     NoisyBatches,
 )
 from flatten_diffusion.distill.conditioning import LAST_TOKEN_COUNTS, predict
-from flatten_diffusion.distill.ema import AdapterEMA
 from flatten_diffusion.distill.objective import relative_error
 from flatten_diffusion.distill.record import LayerCall, watch_teacher
 from flatten_diffusion.mixers import FocusedLinearAttention, MixerSpec, describe_grid, pictures_of, register_mixer
@@ -228,7 +228,7 @@ def train(
     """
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    average = AdapterEMA(parameters, decay=0.99)
+    average = EMAModel(parameters.values(), decay=0.99, update_after_step=-1)
     losses: list[float] = []
     started, done = time.monotonic(), 0.0
     bar = tqdm(batches, total=len(batches), desc="train", mininterval=10)
@@ -246,10 +246,10 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
-        average.step()
+        average.step(parameters.values())
         losses.append(loss.item())
         bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}")
-    average.copy_to_parameters()
+    average.copy_to(parameters.values())
     return losses
 
 

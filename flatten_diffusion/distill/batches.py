@@ -148,16 +148,17 @@ class NoisyBatches:
         clean = rows["latents"].float()
         # Drawn for all processes together, so that their number changes nothing.
         noise = torch.randn(self.total, *clean.shape[1:], generator=generator)[self.share]
-        timesteps = self.diffusion.draw_timesteps(self.total, generator)[self.share]
-        dropped = (torch.rand(self.total, generator=generator) < self.caption_dropout)[self.share]
         size = self.cache.sizes[self._plan[step][0]]
-        shared = {name: tensor for name, tensor in self.cache.null[size].items() if is_shared(name)}
+        timesteps = self.diffusion.draw_timesteps(self.total, generator, self.cache.shifts.get(size))[self.share]
+        dropped = (torch.rand(self.total, generator=generator) < self.caption_dropout)[self.share]
+        empty = self.cache.null.get(size, {})
+        shared = {name: tensor for name, tensor in empty.items() if is_shared(name)}
+        captioned = {name: tensor for name, tensor in rows.items() if name != "latents"}
+        # Where a model has no empty prompt, each sample keeps its own.
         null = {
-            name: tensor.to(rows[name].dtype).expand(len(clean), *tensor.shape[1:])
-            for name, tensor in self.cache.null[size].items()
-            if name not in shared
+            name: empty[name].to(own.dtype).expand(len(clean), *own.shape[1:]) if name in empty else own
+            for name, own in captioned.items()
         }
-        captioned = {name: rows[name] for name in null}
         conditioning = {
             name: torch.where(dropped.reshape(-1, *[1] * (tensor.dim() - 1)), null[name], tensor)
             for name, tensor in captioned.items()

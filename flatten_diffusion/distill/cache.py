@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -13,22 +11,26 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .buckets import Size, nearest_bucket, to_pixels
-from .conditioning import Conditioning, encode_prompts, encode_shared, family_of
-from .latents import draw_latents, encode_pictures
+from ..files import parse_json, read_header, read_tensors, sha256_of_tensors, write_tensors
+from ..images import to_rgb
+from ..mixers import Mixer
+from .bounds import check_numbers
+from .buckets import LARGEST_SIDE, Size, nearest_bucket, to_pixels
+from .conditioning import Conditioning, encode_null, encode_prompts, encode_shared, family_of
+from .denoiser_call import sampling_shift
+from .identity import component_digest, pipeline_settings
+from .latents import check_pipeline, draw_latents, encode_pictures
 from .sources import Example
 
 logger = logging.get_logger(__name__)
 
-_VERSION = 2
-_LATENTS, _INDEX, _BROKEN = "latents", "index", "broken"
+_VERSION = 3
+_LATENTS, _INDEX, _SHIFT, _NULL = "latents", "index", "shift", "null.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,19 @@ class CacheSettings:
     shard_size: int = 256
     batch_size: int = 8
 
+    def __post_init__(self) -> None:
+        sides = [side for size in self.buckets for side in size]
+        if not sides or min(sides) < 1 or max(sides) > LARGEST_SIDE:
+            raise ValueError(f"buckets are {str(self.buckets)[:80]}: pass sides from 1 to {LARGEST_SIDE} pixels.")
+        check_numbers(
+            self,
+            draw_steps=(1, 1000),
+            guidance_scale=(0.0, 1000.0),
+            seed=(0, 2**32 - 1),
+            shard_size=(1, 2**20),
+            batch_size=(1, 2**16),
+        )
+
 
 class LatentCache(Dataset[dict[str, torch.Tensor]]):
     """Cached examples. Item i holds "latents" [C, h, w] and the rows of its conditioning.
@@ -56,7 +71,9 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     Attributes:
         sizes: (height, width) in pixels of each example.
         null: per size, the conditioning of the empty prompt (one row), and what all prompts have in common.
+        shifts: per size, where the pipeline shifts its timesteps by the size, by how much.
         broken: "name: reason" of every picture that was skipped.
+        identity: a digest of all that it holds.
 
     Raises:
         ValueError: no usable example.
@@ -67,30 +84,37 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         self.sizes: list[Size] = []
         self.broken: list[str] = []
         self.null: dict[Size, Conditioning] = {}
+        self.shifts: dict[Size, float] = {}
         self._rows: list[tuple[Path, str, int]] = []
         self._open: dict[Path, Any] = {}
-        for path in sorted(folder.glob("shard-*.safetensors")):
-            self._add(path)
+        digests = [self._add(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         if not self._rows:
             shown = "; ".join(self.broken[:3])
             raise ValueError(f"None of the {len(self.broken)} pictures can be read ({shown}): check the data.")
-        with safe_open(folder / "null.safetensors", framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                bucket, _, name = key.partition("/")
-                self.null.setdefault(_size(bucket), {})[name] = file.get_tensor(key)
+        null, _ = read_tensors(folder / _NULL)
+        for key, tensor in null.items():
+            bucket, _, name = key.partition("/")
+            if name == _SHIFT:
+                self.shifts[_size(bucket)] = tensor.item()
+            else:
+                self.null.setdefault(_size(bucket), {})[name] = tensor
+        self.identity = sha256_of_tensors(null, " ".join(digests))
 
-    def _add(self, path: Path) -> None:
+    def _add(self, path: Path) -> str:
+        """Take up a shard; its checksum."""
         with safe_open(path, framework="pt") as file:
-            self.broken += json.loads(file.metadata()[_BROKEN])
+            broken, checksum = read_header(file)
             rows = []
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 bucket, _, name = key.partition("/")
                 if name == _INDEX:
                     indices = file.get_tensor(key).tolist()
                     rows += [(index, bucket, row) for row, index in enumerate(indices)]
+        self.broken += parse_json(broken, str(path))
         for _, bucket, row in sorted(rows):
             self._rows.append((path, bucket, row))
             self.sizes.append(_size(bucket))
+        return checksum
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -142,18 +166,23 @@ def build_cache(
 ) -> LatentCache:
     """The cache of `examples`, built where it is not there yet.
 
-    It lives in a folder named by a fingerprint of everything it depends on (autoencoder, text encoders, buckets, the
-    examples and their files' sizes and times; for drawn latents also the denoiser and its settings), so one made under
-    other circumstances is never used. A killed build goes on from its last whole shard; each process writes every
-    `num_processes`-th one and meets the others at `wait`.
+    It lives in a folder named by a fingerprint of everything it depends on (autoencoder, tokenizers, text encoders,
+    buckets, the examples and their files' sizes and times; for drawn latents the whole pipeline), so one made under
+    other circumstances is never used. A killed build goes on from its last whole shard, and a shard that does not match
+    its checksum is made again; each process checks and writes every `num_processes`-th one and meets the others at
+    `wait`.
 
     Raises:
-        ValueError: no examples, or none of them usable.
+        ValueError: no examples, or none of them usable; a pipeline that needs more than a prompt; latents to be drawn
+            by a model that is converted already.
     """
+    check_pipeline(type(pipeline))
     if not examples:
         raise ValueError("There are no examples: pass pictures or prompts.")
     if family_of(model).recorded and any(example.open is not None for example in examples):
         raise ValueError(f"{type(model).__name__} is distilled from what it draws itself: pass prompts, not pictures.")
+    if any(example.open is None for example in examples) and any(isinstance(part, Mixer) for part in model.modules()):
+        raise ValueError("The model is converted already and would draw as the student: build the cache first.")
     folder = Path(cache_dir) / f"latents-{fingerprint(pipeline, model, examples, settings)}"
     if process_index == 0:
         others = [path for path in folder.parent.glob("latents-*") if path != folder]
@@ -178,42 +207,29 @@ def build_cache(
 
 def fingerprint(pipeline: Any, model: nn.Module, examples: Sequence[Example], settings: CacheSettings) -> str:
     """16 hexadecimal digits over everything that the cached tensors depend on."""
-    parts: dict[str, Any] = {"version": _VERSION, "settings": asdict(settings)}
+    parts = {"version": _VERSION, "settings": asdict(settings), "pipeline": pipeline_settings(pipeline)}
     drawn = any(example.open is None for example in examples)
     for name, component in sorted(pipeline.components.items()):
-        encodes = name.startswith(("vae", "text_encoder"))
-        if isinstance(component, nn.Module) and (encodes or (drawn and component is model)):
-            parts[name] = _weights_digest(component)
-    if drawn:
-        parts["scheduler"] = {key: str(value) for key, value in pipeline.scheduler.config.items()}
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for example in examples:
-        digest.update(json.dumps([example.name, example.caption, example.stamp]).encode())
-    return digest.hexdigest()[:16]
-
-
-def _weights_digest(module: nn.Module) -> str:
-    """Over every parameter's name, shape and up to a thousand of its values: a fine-tune changes them all."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        values = parameter.detach().flatten()
-        sample = values[:: max(1, len(values) // 1000)].float().cpu().contiguous()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
+        encodes = name.startswith(("vae", "text_encoder", "tokenizer", "processor", "scheduler"))
+        if component is not None and name != "safety_checker" and (drawn or encodes):
+            parts[name] = component_digest(component)
+    rows = [[example.name, example.caption, example.stamp] for example in examples]
+    return sha256_of_tensors({}, json.dumps([parts, rows], sort_keys=True, default=str))[:16]
 
 
 def _write_null(pipeline: Any, model: nn.Module, folder: Path, settings: CacheSettings) -> None:
-    path = folder / "null.safetensors"
+    path = folder / _NULL
     if _is_whole(path):
         return
     tensors = {}
     for size in settings.buckets:
-        for name, tensor in encode_prompts(pipeline, model, [""], size).items():
-            tensors[f"{_name(size)}/{name}"] = _compact(tensor)
-        for name, tensor in encode_shared(pipeline, model, size).items():
-            tensors[f"{_name(size)}/{name}"] = tensor.contiguous()  # positions and the like do not bear rounding
-    _save(tensors, path, {})
+        null = {name: _compact(tensor) for name, tensor in encode_null(pipeline, model, size).items()}
+        null.update(encode_shared(pipeline, model, size))  # positions and the like do not bear rounding
+        shift = sampling_shift(pipeline, model, size)
+        if shift is not None:
+            null[_SHIFT] = torch.tensor(shift, dtype=torch.float64)
+        tensors.update({f"{_name(size)}/{name}": tensor for name, tensor in null.items()})
+    write_tensors(path, tensors)
 
 
 def _write_shard(
@@ -228,7 +244,7 @@ def _write_shard(
         for name, tensor in tensors.items():
             columns.setdefault(f"{_name(size)}/{name}", []).append(tensor)
     tensors = {name: _compact(torch.cat(rows)) for name, rows in columns.items()}
-    _save(tensors, path, {_BROKEN: json.dumps(broken)})
+    write_tensors(path, tensors, json.dumps(broken))
 
 
 def _latent_batches(
@@ -243,10 +259,11 @@ def _latent_batches(
             continue
         try:
             with example.open() as image:
-                size = nearest_bucket((image.height, image.width), settings.buckets)
-                pixels = to_pixels(image, size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            broken.append(f"{example.name}: {error}")
+                picture = to_rgb(image)
+            size = nearest_bucket((picture.height, picture.width), settings.buckets)
+            pixels = to_pixels(picture, size)
+        except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, struct.error, its own
+            broken.append(f"{example.name}: {str(error)[:200]}")
             continue
         grouped.setdefault(size, []).append(((index, example), pixels))
     for size, members in grouped.items():
@@ -271,31 +288,22 @@ def _latent_batches(
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """float16 where that holds the values, else float32; other dtypes as they are. Contiguous."""
-    if tensor.is_floating_point():
-        half = tensor.half()
-        tensor = half if half.isfinite().all() else tensor.float()
-    return tensor.contiguous()
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """float16 where that holds the values, else float32; other dtypes as they are."""
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.half()
+    return half if half.isfinite().all() else tensor.float()
 
 
 def _is_whole(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        logger.warning(f"{path} is damaged and is made again.")
+        read_tensors(path)
+    except OSError as error:
+        logger.warning(f"{error}: it is made again.")
         return False
+    return True
 
 
 def _shard_name(number: int) -> str:

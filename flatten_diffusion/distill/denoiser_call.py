@@ -34,6 +34,10 @@ class _Recorded(Exception):
     """Raised inside the denoiser to leave the pipeline's loop."""
 
 
+class _Cannot(ValueError):
+    """What keeps a pipeline from being recorded."""
+
+
 def can_record(model: nn.Module) -> bool:
     """Whether `model` is a denoiser by its signature: a sample first, a timestep, and what a text encoder gives."""
     names = _parameters(model)
@@ -95,12 +99,28 @@ def draw_recorded(
         last[:] = [tensors["latents"]]
         return {}
 
-    options = _options(pipeline, prompts, size, steps)
+    options = _options(pipeline, model, prompts, size, steps)
     options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     if "guidance_scale" in options:
         options["guidance_scale"] = guidance
     pipeline(**options, callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["latents"])
     return last[0].float().cpu()
+
+
+@torch.no_grad()
+def sampling_shift(pipeline: Any, model: nn.Module, size: Size) -> float | None:
+    """By how much the pipeline itself shifts its timesteps for pictures of `size`: s, where its median one is that of
+    s u / (1 + (s - 1) u) over u from 0 to 1. None where its scheduler does not look at the size."""
+    if not pipeline.scheduler.config.get("use_dynamic_shifting"):
+        return None
+    _calls(pipeline, model, [""], size, 1, default_of(pipeline, "num_inference_steps"))
+    median = pipeline.scheduler.timesteps.double().quantile(0.5).item() / pipeline.scheduler.config.num_train_timesteps
+    return median / (1 - median)
+
+
+def default_of(pipeline: Any, name: str) -> Any:
+    """The default of an argument of the pipeline's call."""
+    return inspect.signature(type(pipeline).__call__).parameters[name].default
 
 
 def _layout(pipeline: Any, model: nn.Module, size: Size) -> tuple[list[str], Conditioning]:
@@ -135,7 +155,9 @@ def _find_layout(pipeline: Any, model: nn.Module, size: Size) -> tuple[list[str]
     return rows, shared
 
 
-def _calls(pipeline: Any, model: nn.Module, prompts: Sequence[str], size: Size, count: int) -> list[Conditioning]:
+def _calls(
+    pipeline: Any, model: nn.Module, prompts: Sequence[str], size: Size, count: int, steps: int = 2
+) -> list[Conditioning]:
     """The denoiser's arguments in its first `count` calls, flat, on CPU; defaults left out."""
     calls: list[Conditioning] = []
     names = _parameters(model)
@@ -155,9 +177,13 @@ def _calls(pipeline: Any, model: nn.Module, prompts: Sequence[str], size: Size, 
 
     with _hooked(model, record):
         try:
-            pipeline(**_options(pipeline, prompts, size, 2), generator=torch.Generator().manual_seed(0))
+            pipeline(**_options(pipeline, model, prompts, size, steps), generator=torch.Generator().manual_seed(0))
         except _Recorded:
             pass
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, _Cannot):
+                raise
+            raise _cannot(model, f"{type(pipeline).__name__} fails on a prompt alone ({str(error)[:200]})") from error
     if len(calls) < count:
         raise _cannot(model, f"{type(pipeline).__name__} does not call it")
     if any(len(call[_sample_name(model)]) != len(prompts) for call in calls):
@@ -174,12 +200,12 @@ def _hooked(model: nn.Module, hook: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _options(pipeline: Any, prompts: Sequence[str], size: Size, steps: int) -> dict[str, Any]:
+def _options(pipeline: Any, model: Any, prompts: Sequence[str], size: Size, steps: int) -> dict[str, Any]:
     """Arguments of an unguided call; guidance that is an input of the model stays the pipeline's default."""
     accepted = inspect.signature(type(pipeline).__call__).parameters
     options: dict[str, Any] = {"prompt": list(prompts), "num_inference_steps": steps, "output_type": "latent"}
     options.update({name: side for name, side in zip(("height", "width"), size, strict=True) if name in accepted})
-    embedded = bool(pipeline.transformer.config.get("guidance_embeds")) if hasattr(pipeline, "transformer") else False
+    embedded = any(model.config.get(name) for name in ("guidance_embeds", "time_cond_proj_dim"))
     if "guidance_scale" in accepted and not embedded:
         options["guidance_scale"] = 1.0
     return options
@@ -236,5 +262,5 @@ def _timestep_name(model: nn.Module) -> str:
     return "timestep" if "timestep" in _parameters(model) else "timesteps"
 
 
-def _cannot(model: nn.Module, reason: str) -> ValueError:
-    return ValueError(f"{type(model).__name__} cannot be distilled by recording its pipeline: {reason}.")
+def _cannot(model: nn.Module, reason: str) -> _Cannot:
+    return _Cannot(f"{type(model).__name__} cannot be distilled by recording its pipeline: {reason}.")

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,21 @@ from typing import Any
 import torch
 from accelerate.accelerator import Accelerator
 from accelerate.utils import DistributedType
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from ..adapter import Adapter
+from ..files import parse_json, write_text
 from ..mixers import PROJECTIONS
 from .batches import NoisyBatch, NoisyBatches
+from .bounds import check_numbers
 from .cache import LatentCache
 from .calibrate import CalibrationSettings, calibrate
 from .checkpoint import Checkpoint, load_latest, save_checkpoint
 from .diffusion import Diffusion
-from .ema import AdapterEMA
+from .identity import component_digest
 from .objective import Gap, LossWeights, Objective, measure_gap
 from .record import FeatureTap
 from .transfer import transfer_step
@@ -38,12 +41,30 @@ STAGES = ("calibrate", "transfer", "finetune")
 
 @dataclass(frozen=True)
 class StageSettings:
-    """One gradient stage: optimizer steps, peak learning rate, schedule (a name of diffusers' `get_scheduler`)."""
+    """One gradient stage: optimizer steps, peak learning rate, schedule (a name of diffusers' `get_scheduler`).
+
+    Raises:
+        ValueError: a number out of range, or a schedule that does not exist or needs more than these numbers.
+    """
 
     steps: int
     learning_rate: float
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, steps=(0, 10**9), learning_rate=(1e-12, 10.0), lr_warmup_steps=(0, 10**9))
+        self.schedule()
+
+    def schedule(self) -> Callable[[int], float]:
+        """Step -> factor of the learning rate."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        steps = {"num_warmup_steps": self.lr_warmup_steps, "num_training_steps": self.steps}
+        try:
+            return get_scheduler(self.lr_scheduler, optimizer, **steps).lr_lambdas[0]
+        except (ValueError, AttributeError) as error:
+            known = ", ".join(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT)
+            raise ValueError(f"lr_scheduler {self.lr_scheduler!r} cannot be used: choose one of {known}.") from error
 
 
 @dataclass(frozen=True)
@@ -85,11 +106,20 @@ class DistillSettings:
         if unknown or not self.stages:
             raise ValueError(f"Unknown stage {', '.join(unknown) or 'list'}: choose out of {', '.join(STAGES)}.")
         object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))
-        for name in ("train_batch_size", "gradient_accumulation_steps", "calibration_batches", "evaluation_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: pass at least 1.")
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout is {self.caption_dropout}: pass a share between 0 and 1.")
+        object.__setattr__(self, "projections", tuple(self.projections))
+        if not set(self.projections) <= set(PROJECTIONS):
+            raise ValueError(f"projections are {', '.join(self.projections)}: choose out of {', '.join(PROJECTIONS)}.")
+        counts = ("train_batch_size", "gradient_accumulation_steps", "calibration_batches", "evaluation_batches")
+        check_numbers(
+            self,
+            **dict.fromkeys((*counts, "patience"), (1, 2**16)),
+            seed=(0, 2**32 - 1),
+            rank=(1, 2**12),
+            caption_dropout=(0.0, 1.0),
+            max_grad_norm=(1e-9, 1e9),
+            adam_weight_decay=(0.0, 1.0),
+            ema_decay=(0.0, 0.999999),
+        )
 
 
 @dataclass
@@ -105,12 +135,15 @@ class Progress:
     skipped: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """JSON types; `from_json` is its inverse."""
-        return asdict(self)
+        """JSON types, null for what is not finite; `from_json` is its inverse."""
+        gaps = {name: [_json_number(value) for value in astuple(gap)] for name, gap in self.gaps.items()}
+        return {**asdict(self), "gaps": gaps}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Progress:
-        gaps = {name: Gap(**gap) for name, gap in values["gaps"].items()}
+        gaps = {
+            name: Gap(*(math.nan if value is None else value for value in gap)) for name, gap in values["gaps"].items()
+        }
         return cls(**{**values, "gaps": gaps})
 
 
@@ -126,9 +159,6 @@ class Distiller:
         output_dir: for checkpoints and history.jsonl; None writes nothing.
         checkpointing_steps: optimizer steps between checkpoints; checkpoints_total_limit: how many are kept.
         on_step: called after each optimizer step with (distiller, losses), for logging and validation.
-
-    Raises:
-        ValueError: the checkpoint in `output_dir` was made with other settings.
     """
 
     def __init__(
@@ -155,18 +185,23 @@ class Distiller:
         self.progress = Progress()
         self.objective = Objective(adapter, adapter.model, diffusion, settings.weights)
         self.optimizer: Any = None
-        self.ema: AdapterEMA | None = None
+        self.ema: EMAModel | None = None
         self._sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self._evaluation: list[NoisyBatch] | None = None
         self._bad_in_a_row = 0
+        # Now, while its weights are whole on each process.
+        self._teacher = "" if output_dir is None else component_digest(adapter.model, list(adapter.parameters()))
 
     # ---- the whole run ----
 
     def run(self, resume: bool = False) -> Progress:
-        """All stages of the settings. With `resume`, from the newest readable checkpoint in `output_dir`, if any."""
-        checkpoint = load_latest(self.output_dir) if resume and self.output_dir is not None else None
-        if checkpoint is not None:
-            self._restore_progress(checkpoint)
+        """All stages of the settings. With `resume`, from the newest readable checkpoint in `output_dir`, if any.
+
+        Raises:
+            ValueError: that checkpoint was made with other settings, another model or other data.
+            FloatingPointError: losses, the adapter or what it gives are not finite; checkpoints are from before that.
+        """
+        checkpoint = self.load_checkpoint() if resume else None
         self._cut_history()
         self._float_parameters()
         if "raw" not in self.progress.gaps:
@@ -185,9 +220,19 @@ class Distiller:
             checkpoint = None
             self.progress.seconds[stage] = self.progress.seconds.get(stage, 0.0) + time.monotonic() - started
             self.progress.finished.append(stage)
-            self.progress.gaps[stage] = self.evaluate()
+            self.progress.gaps[stage] = gap = self.evaluate()
+            if not math.isfinite(gap.student):
+                raise FloatingPointError(f"{stage} ended with a held-out loss that is not finite: {_REMEDY}.")
             self._save()
         return self.progress
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """Adapter and progress become those of the newest readable checkpoint in `output_dir`, if any, which is
+        returned. Raises ValueError when it was made with other settings, another model or other data."""
+        checkpoint = None if self.output_dir is None else load_latest(self.output_dir)
+        if checkpoint is not None:
+            self._restore_progress(checkpoint)
+        return checkpoint
 
     def evaluate(self) -> Gap:
         """Teacher against student on the held-out examples, always the same noise; all processes together."""
@@ -215,9 +260,7 @@ class Distiller:
         accumulation = self.settings.gradient_accumulation_steps
         passes = range(self.progress.step * accumulation, plan.steps * accumulation)
         batches = iter(self._batches(self.train, passes, stage))
-        factor = get_scheduler(
-            plan.lr_scheduler, self.optimizer, num_warmup_steps=plan.lr_warmup_steps, num_training_steps=plan.steps
-        ).lr_lambdas[0]
+        factor = plan.schedule()
         compute = self._transfer_losses if stage == "transfer" else self._finetune_losses
         bar = tqdm(
             total=plan.steps,
@@ -238,7 +281,7 @@ class Distiller:
                 self._save()
         bar.close()
         if self.ema is not None:
-            self.ema.copy_to_parameters()
+            self.ema.copy_to(self.adapter.parameters())
         self.optimizer, self.ema = None, None
 
     def _optimizer_step(
@@ -257,7 +300,7 @@ class Distiller:
         finite = bool(values.isfinite().all())
         finite = finite and self._apply_gradients()
         if finite and self.ema is not None:
-            self.ema.step()
+            self.ema.step(self.adapter.parameters())
         self._count_bad(not finite, batches[-1])
         return dict(zip(names, values.tolist(), strict=True))
 
@@ -335,7 +378,8 @@ class Distiller:
         else:
             self.optimizer = optimizer  # no wrapper: an adapter's gradients are a few MB, averaged in one go
         decay = self.settings.ema_decay if stage == "finetune" else None
-        self.ema = None if decay is None else AdapterEMA(dict(self.adapter.named_parameters()), decay)
+        # After n steps it decays by min(decay, (1 + n) / (10 + n)).
+        self.ema = None if decay is None else EMAModel(self.adapter.parameters(), decay, update_after_step=-1)
 
     def _average_gradients(self) -> None:
         if self._sharded or self.accelerator.num_processes == 1:
@@ -421,18 +465,22 @@ class Distiller:
             self.on_step(self, losses)
 
     def _save(self) -> None:
+        """A checkpoint, unless the adapter is not finite, which is an error."""
+        tensors = {f"adapter/{name}": _whole(tensor) for name, tensor in self.adapter.named_parameters()}
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                where = f"{self.progress.stage} step {self.progress.step}"
+                raise FloatingPointError(f"{where}: {name.removeprefix('adapter/')} is not finite: {_REMEDY}.")
         if self.output_dir is None:
             return
-        tensors = {f"adapter/{name}": _whole(tensor) for name, tensor in self.adapter.named_parameters()}
         tensors.update(self._optimizer_tensors())
-        if self.ema is not None:
-            tensors.update({f"ema/{name}": _whole(tensor) for name, tensor in self.ema.shadow.items()})
+        tensors.update({name: _whole(tensor) for name, tensor in self._averages().items()})
         scaler = self.accelerator.scaler
         state = {
             "progress": self.progress.to_json(),
             "settings": self._fingerprint(),
             "adapter_config": self.adapter.config.to_dict(),
-            "ema_steps": 0 if self.ema is None else self.ema.steps,
+            "ema_steps": 0 if self.ema is None else self.ema.optimization_step,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         if self.accelerator.is_main_process:
@@ -452,6 +500,12 @@ class Distiller:
             for name, parameter in self.adapter.named_parameters()
             for key, value in inner.state.get(parameter, {}).items()
         }
+
+    def _averages(self) -> dict[str, torch.Tensor]:
+        if self.ema is None:
+            return {}
+        names = [f"ema/{name}" for name, _ in self.adapter.named_parameters()]
+        return dict(zip(names, self.ema.shadow_params, strict=True))
 
     def _restore_progress(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.state["settings"]
@@ -485,9 +539,9 @@ class Distiller:
                         key: _like(tensor, parameter) if tensor.dim() else tensor for key, tensor in state.items()
                     }
         if self.ema is not None:
-            self.ema.steps = checkpoint.state["ema_steps"]
-            for name in self.ema.shadow:
-                self.ema.shadow[name].copy_(_like(checkpoint.tensors[f"ema/{name}"], self.ema.shadow[name]))
+            self.ema.optimization_step = checkpoint.state["ema_steps"]
+            for name, average in self._averages().items():
+                average.copy_(_like(checkpoint.tensors[name], average))
         if self.accelerator.scaler is not None and checkpoint.state["scaler"]:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
 
@@ -499,16 +553,13 @@ class Distiller:
         if not path.is_file():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                row = json.loads(line)
-            except ValueError:  # cut off by a kill
-                break
-            if row["total"] <= self.progress.total_steps:
-                kept.append(line + "\n")
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+                if parse_json(line, path.name)["total"] <= self.progress.total_steps:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):  # cut off by a kill, or no line of ours
+                continue
+        write_text(path, "".join(kept))
 
     def _fingerprint(self) -> dict[str, Any]:
         settings = json.loads(json.dumps(asdict(self.settings)))
@@ -516,15 +567,21 @@ class Distiller:
         config = self.adapter.config
         return {
             **settings,
-            **{name: getattr(config, name) for name in ("mixer", "kernel_size", "joint", "window", "min_tokens")},
+            **{
+                name: getattr(config, name)
+                for name in ("mixer", "focusing_factor", "kernel_size", "joint", "window", "min_tokens")
+            },
             "layers": self.adapter.layers,
-            "examples": [len(self.train), len(self.held_out)],
+            "teacher": self._teacher,
+            "scheduler": self.diffusion.identity(),
+            "examples (content, size or drawing)": [len(self.train), len(self.held_out), self.train.identity],
             "total batch size": self.settings.train_batch_size * self.accelerator.num_processes,
             "mixed_precision": self.accelerator.mixed_precision,
         }
 
 
 _HISTORY = "history.jsonl"
+_REMEDY = "lower the learning rate, or train in bfloat16 or float32"
 
 
 def _json_number(value: float) -> float | None:

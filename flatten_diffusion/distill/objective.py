@@ -10,6 +10,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from .batches import NoisyBatch
+from .bounds import check_numbers
 from .conditioning import Conditioning, predict
 from .denoiser_call import is_shared
 from .diffusion import Diffusion
@@ -36,6 +37,12 @@ class LossWeights:
     guided: float = 0.0
     guidance_scale: float = 3.0
     min_snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        parts = dict.fromkeys(("teacher", "target", "features", "guided"), (0.0, 1e6))
+        check_numbers(self, **parts, guidance_scale=(1e-3, 1e3), min_snr_gamma=(1e-3, 1e3))
+        if not any(getattr(self, name) for name in parts):
+            raise ValueError(f"All parts of the loss have weight 0: weigh one of {', '.join(parts)}.")
 
 
 class Objective:
