@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, RefusedComparison
-from .files import to_json, write_json
+from .errors import InputError, RefusedComparison, first_line
+from .files import require_writable, to_json, write_json
 
 COMMANDS = {
     "fid": "Fréchet distance (FID for Inception), KID, CMMD, precision/recall, CLIP score of images against real ones",
@@ -40,9 +40,10 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         if name not in argv[:1]:
             continue
         _load(name).add_arguments(sub)
+        seed = _load("options").seed
         shared = sub.add_argument_group("everywhere")
         shared.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default)")
-        shared.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+        shared.add_argument("--seed", type=seed, default=0, help="of everything random (default 0)")
         shared.add_argument(
             "--json", nargs="?", const="-", metavar="PATH", help="write the result as JSON (without PATH: print it)"
         )
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = build_parser(argv).parse_args(argv)
     try:
+        if arguments.json not in ("-", None):
+            require_writable(Path(arguments.json))
         outcome = _load(arguments.command).run(arguments)
         if outcome is not None:
             print(to_json(outcome.result) if arguments.json == "-" else outcome.text)
@@ -67,6 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RefusedComparison as error:
         print(f"flatten-eval: refused: {error}", file=sys.stderr)
         return 3
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        line = first_line(error) if isinstance(error, OSError) else "out of memory; lower the batch size or the size"
+        print(f"flatten-eval: error: {line}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("flatten-eval: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130

@@ -17,15 +17,17 @@ from diffusers.utils import logging
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
+from flatten_diffusion.files import read_json, sweep
+from flatten_diffusion.scenes.check import SETTINGS_KEY
+
 from .errors import InputError
-from .files import replacing, require_space, write_json, write_text
+from .files import create_json, replacing, require_space, require_writable, shown_name, write_text
 from .images import Pixels, blocks
-from .pipelines import adapter_sha256, call_parameters
+from .pipelines import adapter_sha256, call_parameters, pipeline_sha256
 from .processes import Processes
 
 logger = logging.get_logger(__name__)
 SETTINGS_FILE = "generation.json"
-PNG_KEY = "flatten_eval"
 # Pixels; whatever a pipeline asks sides to be divisible by divides it.
 _ROUND = 256
 
@@ -35,8 +37,9 @@ class GenerationSettings:
     """What decides an image besides its prompt and seed. Batch size and process count do not.
 
     Attributes:
-        pipeline, revision, variant: what was loaded.
-        adapter, adapter_sha256: the conversion, or None for the original.
+        pipeline, revision, variant: what was loaded: a hub id, an embedded one's name, or the last part of a folder's
+            path, with `pipeline_sha256` of what is in it.
+        adapter, adapter_sha256: the conversion, likewise, or None for the original.
         height, width: pixels; None for the pipeline's own size.
         steps, guidance: denoising steps and classifier-free guidance scale; None for the pipeline's own.
         negative_prompt: or None.
@@ -44,6 +47,7 @@ class GenerationSettings:
     """
 
     pipeline: str
+    pipeline_sha256: str | None = None
     revision: str | None = None
     variant: str | None = None
     adapter: str | None = None
@@ -84,18 +88,23 @@ def make_jobs(prompts: Sequence[str] | None, seeds: Sequence[int], count: int | 
 
 def jobs_from(arguments: argparse.Namespace, prompts: Sequence[str] | None) -> list[Job]:
     """The jobs the options name; raises InputError also where --output is no place for them."""
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise InputError(f"{arguments.output}: not a folder; choose another --output")
+    require_writable(arguments.output, folder=True)
     return make_jobs(prompts, arguments.seeds or [arguments.seed], arguments.num_images)
 
 
 def settings_from(arguments: argparse.Namespace) -> GenerationSettings:
     """The settings the options name."""
     height, width = arguments.size or (None, None)
-    digest = adapter_sha256(arguments.adapter)
-    same = ("pipeline", "revision", "variant", "adapter", "steps", "guidance", "negative_prompt", "dtype")
-    named = {name: getattr(arguments, name) for name in same}
-    return GenerationSettings(**named, adapter_sha256=digest, height=height, width=width)
+    adapter = arguments.adapter
+    return GenerationSettings(
+        pipeline=shown_name(arguments.pipeline),
+        pipeline_sha256=pipeline_sha256(arguments.pipeline),
+        adapter=None if adapter is None else shown_name(adapter),
+        adapter_sha256=adapter_sha256(adapter),
+        height=height,
+        width=width,
+        **{n: getattr(arguments, n) for n in ("revision", "variant", "steps", "guidance", "negative_prompt", "dtype")},
+    )
 
 
 def check_settings(pipeline: Any, settings: GenerationSettings, prompts: Sequence[str] | None) -> None:
@@ -164,11 +173,12 @@ def _own_refusal(pipeline: Any, height: int, width: int) -> str | None:
 
 def class_label(pipeline: Any, text: str) -> int:
     """The class number a line names: a number, or one of the pipeline's label names."""
-    if text.isdecimal():
-        return int(text)
     labels: dict[str, int] = getattr(pipeline, "labels", None) or {}
+    classes = getattr(getattr(getattr(pipeline, "transformer", None), "config", None), "num_embeds_ada_norm", None)
+    if text.isdecimal() and len(text) < 10 and int(text) < (classes or 10**9):
+        return int(text)
     if text not in labels:
-        raise InputError(f"{text!r}: not a class number or label of {type(pipeline).__name__}")
+        raise InputError(f"{text[:100]!r}: not a class number or label of {type(pipeline).__name__}")
     return labels[text]
 
 
@@ -245,8 +255,9 @@ def run_batch(pipeline: Any, settings: GenerationSettings, batch: Sequence[Job])
         output = pipeline(**arguments)
     except torch.OutOfMemoryError as error:
         raise InputError(f"out of memory with {len(batch)} images at once; lower --batch-size or the size") from error
-    except ValueError as error:
-        raise InputError(f"{type(pipeline).__name__}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # pipelines check in many ways, and late
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        raise InputError(f"{type(pipeline).__name__}: {reason}") from error
     flagged = getattr(output, "nsfw_content_detected", None)
     for job, bad in zip(batch, flagged or [False] * len(batch), strict=True):
         if bad:
@@ -267,7 +278,7 @@ def _image_settings(settings: GenerationSettings, job: Job) -> dict[str, Any]:
 
 def _write_png(path: Path, picture: Pixels, settings: GenerationSettings, job: Job) -> None:
     information = PngImagePlugin.PngInfo()
-    information.add_itxt(PNG_KEY, json.dumps(_image_settings(settings, job), ensure_ascii=False))
+    information.add_itxt(SETTINGS_KEY, json.dumps(_image_settings(settings, job), ensure_ascii=False))
     with replacing(path) as temporary:
         Image.fromarray(picture).save(temporary, format="PNG", pnginfo=information)
 
@@ -278,7 +289,7 @@ def _is_done(path: Path, settings: GenerationSettings, job: Job) -> bool:
     try:
         with Image.open(path) as image:
             image.load()
-            written = json.loads(image.info[PNG_KEY])
+            written = json.loads(image.info[SETTINGS_KEY])
     except Exception:
         # Damaged from outside (files appear here only whole): made again.
         return False
@@ -288,27 +299,36 @@ def _is_done(path: Path, settings: GenerationSettings, job: Job) -> bool:
 
 
 def _claim(output: Path, settings: GenerationSettings, count: int, processes: Processes) -> None:
-    record = output / SETTINGS_FILE
-    mine = asdict(settings)
-    if record.is_file():
-        try:
-            theirs = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{record}: damaged; remove it or choose another --output") from error
-        for name, value in mine.items():
-            if theirs.get(name) != value:
-                raise InputError(
-                    f"{output}: holds images made with {name} {theirs.get(name)}, this run has {value}; "
-                    "choose another --output"
-                )
+    """Writes what the folder's images are made with, or checks that it is the same; other runs may try just now."""
+    record, mine = output / SETTINGS_FILE, asdict(settings)
     height, width = settings.height or 512, settings.width or 512
     missing = count - sum(1 for _ in output.glob("*.png"))
     # A PNG of noise is slightly larger than its pixels.
     require_space(output, max(0, missing) * (height * width * 3 + 4096))
+    _require_same(record, mine)
     processes.wait()
     if processes.is_main:
-        write_json(record, mine)
+        create_json(record, mine)
     processes.wait()
+    _require_same(record, mine)  # another run may have been first
+
+
+def _require_same(record: Path, mine: dict[str, Any]) -> None:
+    if not record.exists():
+        return
+    sweep(record)
+    try:
+        theirs = read_json(record)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{record}: damaged; remove it or choose another --output") from error
+    if not isinstance(theirs, dict):
+        raise InputError(f"{record}: damaged; remove it or choose another --output")
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            made, folder = str(theirs.get(name))[:200], record.parent
+            raise InputError(
+                f"{folder}: holds images made with {name} {made}, this run has {value}; choose another --output"
+            )
 
 
 def _write_captions(output: Path, jobs: Sequence[Job]) -> None:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import threading
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from .errors import InputError
+from flatten_diffusion.captions import METADATA, decode_text, read_metadata
+from flatten_diffusion.images import SUFFIXES, is_hidden, to_rgb
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+from .errors import InputError, first_line
+
 Pixels: TypeAlias = "NDArray[np.uint8]"
 
 
 class UnreadableImage(Exception):
-    """One image could not be decoded; carries its name."""
+    """One image could not be decoded; carries its name, and the reason where it is more than damage."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,7 @@ class ImageSet:
         Raises:
             InputError: there are fewer; a set is never shortened silently.
         """
-        if count is None:
-            return self
-        if count > len(self):
+        if count is not None and count > len(self):
             raise InputError(f"{self.path}: {len(self)} images, {count} asked for; lower --max-images")
         return ImageSet(self.path, self.names[:count])
 
@@ -59,13 +59,25 @@ class ImageSet:
         if self.path.is_dir():
             for name in self.names:
                 status = (self.path / name).stat()
-                digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+                digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
         else:
-            with zipfile.ZipFile(self.path) as archive:
+            with _archive(self.path) as archive:
                 for name in self.names:
                     entry = archive.getinfo(name)
-                    digest.update(f"{name}\0{entry.file_size}\0{entry.CRC}\n".encode())
+                    digest.update(f"{name}\0{entry.file_size}\0{entry.CRC}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """An open zip file; whatever is wrong with it becomes one line."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except InputError:
+        raise
+    except Exception as error:  # a damaged directory raises many kinds: BadZipFile, ValueError, struct.error, KeyError
+        raise InputError(f"{path}: damaged zip file ({first_line(error)}); pack it again") from error
 
 
 class ImageReader:
@@ -86,11 +98,7 @@ class ImageReader:
         return io.BytesIO(self._local.archive.read(name))
 
     def size(self, name: str) -> tuple[int, int]:
-        """(width, height) as displayed, from the header alone.
-
-        Raises:
-            UnreadableImage: not an image.
-        """
+        """(width, height) as displayed, from the header alone. Raises UnreadableImage where it is not an image."""
         try:
             with self._open(name) as file, Image.open(file) as image:
                 width, height = image.size
@@ -100,71 +108,56 @@ class ImageReader:
             raise UnreadableImage(name) from error
 
     def pixels(self, name: str) -> Pixels:
-        """The decoded image, uint8 [H, W, 3]; EXIF orientation applied, transparency laid on white.
+        """The decoded image, uint8 [H, W, 3], by the rule of `flatten_diffusion.images.to_rgb`.
 
         Raises:
-            UnreadableImage: truncated, corrupt, or not an image.
+            UnreadableImage: truncated, corrupt, not an image, or beyond what that rule takes.
         """
         try:
             with self._open(name) as file, Image.open(file) as image:
-                return np.asarray(to_rgb(image))
+                image.load()
+                try:
+                    return np.asarray(to_rgb(image))
+                except ValueError as error:
+                    raise UnreadableImage(f"{name} ({first_line(error)})") from error
+        except UnreadableImage:
+            raise
         except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, struct.error, zipfile errors
             raise UnreadableImage(name) from error
-
-    def close(self) -> None:
-        """Closes the zip handles."""
-        for archive in self._archives:
-            archive.close()
 
     def __enter__(self) -> ImageReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any Pillow image."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow's own conversion clips 16-bit grey to white instead of scaling it.
-        wide = np.asarray(image).astype(np.float64) / 257.0
-        image = Image.fromarray(np.rint(wide).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
+        for archive in self._archives:
+            archive.close()
 
 
 def open_images(path: Path) -> ImageSet:
-    """Lists the images of a folder (recursively) or a zip file.
+    """Lists the images of a folder (recursively) or a zip file; hidden files and folders do not count.
 
     Raises:
-        InputError: the path does not exist, is not a folder or zip file, or holds no images.
+        InputError: the path does not exist, is neither folder nor zip file, holds no images, or something that is named
+            like one and is no file.
     """
     if not path.exists():
         raise InputError(f"{path}: does not exist; give a folder of images, a zip file or saved statistics (.npz)")
     if path.is_dir():
-        names = [
-            file.relative_to(path).as_posix()
-            for file in path.rglob("*")
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-        ]
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if _is_image_entry(name)]
+        found = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not is_hidden(file, path)]
+        odd = [file for file in found if not file.is_file() and not file.is_dir()]
+        if odd:  # a pipe would block, a dangling link would shorten the set silently
+            raise InputError(f"{odd[0]}: named like an image, but no file; remove it")
+        names = [file.relative_to(path).as_posix() for file in found if file.is_file()]
+    elif path.is_file() and zipfile.is_zipfile(path):
+        with _archive(path) as archive:
+            entries = [name for name in archive.namelist() if PurePosixPath(name).suffix.lower() in SUFFIXES]
+        root = PurePosixPath()
+        names = [name for name in set(entries) if not is_hidden(PurePosixPath(name.lstrip("/")), root)]
     else:
         raise InputError(f"{path}: neither a folder, a zip file nor saved statistics (.npz)")
     if not names:
         raise InputError(f"{path}: no images in it (looked for {', '.join(sorted(SUFFIXES))})")
     return ImageSet(path, tuple(sorted(names)))
-
-
-def _is_image_entry(name: str) -> bool:
-    entry = Path(name)
-    # macOS archives carry resource forks under __MACOSX with image suffixes.
-    return entry.suffix.lower() in SUFFIXES and not entry.name.startswith(".") and "__MACOSX" not in entry.parts
 
 
 def unreadable_message(path: Path, broken: Sequence[str], total: int) -> str:
@@ -185,8 +178,8 @@ def check_headers(images: ImageSet) -> set[tuple[int, int]]:
         for name in images.names:
             try:
                 sizes.add(reader.size(name))
-            except UnreadableImage:
-                broken.append(name)
+            except UnreadableImage as error:
+                broken.append(str(error))
     if broken:
         raise InputError(unreadable_message(images.path, broken, len(images)))
     return sizes
@@ -206,49 +199,53 @@ def blocks(count: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def load_captions(images: ImageSet, captions: Path | None) -> list[str]:
-    """One caption per image, from `captions` (JSON lines with file_name and text), else from a metadata.jsonl in the
-    set, else from a .txt beside each image.
+    """One caption per image, from `captions` (JSON lines, .csv or .parquet with file_name and text), else from metadata
+    files in the set and its folders, else from a .txt beside each image.
 
     Raises:
         InputError: an image has no caption, or a file is malformed.
     """
     table: dict[str, str] = {}
-    source = captions
-    if source is None and images.path.is_dir() and (images.path / "metadata.jsonl").is_file():
-        source = images.path / "metadata.jsonl"
-    if source is not None:
-        table = _read_caption_table(source.read_text(encoding="utf-8"), str(source))
-    elif not images.path.is_dir():
-        with zipfile.ZipFile(images.path) as archive:
-            if "metadata.jsonl" in archive.namelist():
-                table = _read_caption_table(archive.read("metadata.jsonl").decode(), f"{images.path}:metadata.jsonl")
-    found: list[str] = []
-    missing: list[str] = []
-    for name in images.names:
-        text = table.get(name)
-        beside = images.path / Path(name).with_suffix(".txt")
-        if text is None and images.path.is_dir() and beside.is_file():
-            text = beside.read_text(encoding="utf-8").strip()
-        if text is None:
-            missing.append(name)
+    try:
+        if captions is not None:
+            table = dict(_rows(captions.read_bytes(), str(captions)))
+        elif images.path.is_dir():
+            table = _captions_of_folder(images)
         else:
-            found.append(text)
+            with _archive(images.path) as archive:
+                for name in sorted(set(archive.namelist())):
+                    if PurePosixPath(name).name in METADATA:
+                        rows = _rows(archive.read(name), f"{images.path}:{name}")
+                        table |= {str(PurePosixPath(name).parent / file): text for file, text in rows}
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(first_line(error)) from error
+    missing = [name for name in images.names if not table.get(name)]
     if missing:
         raise InputError(
             f"{images.path}: {len(missing)} of {len(images)} images have no caption (first: {missing[0]}); "
             "add metadata.jsonl (file_name, text), a .txt beside each image, or give --captions"
         )
-    return found
+    return [table[name] for name in images.names]
 
 
-def _read_caption_table(text: str, source: str) -> dict[str, str]:
+def _captions_of_folder(images: ImageSet) -> dict[str, str]:
     table: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            table[str(row["file_name"])] = str(row["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{source}, line {number}: needs JSON with file_name and text") from error
+    for name in images.names:
+        beside = (images.path / name).with_suffix(".txt")
+        if beside.is_file():
+            table[name] = decode_text(beside.read_bytes(), str(beside)).strip()
+    for file in sorted(path for name in METADATA for path in images.path.rglob(name)):
+        if file.is_file() and not is_hidden(file, images.path):
+            below = file.parent.relative_to(images.path)
+            table |= {(below / name).as_posix(): text for name, text in _rows(file.read_bytes(), str(file))}
     return table
+
+
+def _rows(content: bytes, source: str) -> list[tuple[str, str]]:
+    # --captions may have any name; what is neither .csv nor .parquet is JSON lines.
+    known = source if Path(source).suffix in (".csv", ".parquet", ".jsonl") else f"{source}.jsonl"
+    try:
+        rows = read_metadata(content, known, "file_name", "text")
+    except ValueError as error:
+        raise ValueError(str(error).replace(known, source)) from error
+    return [(PurePosixPath(name).as_posix(), text) for name, text in rows]

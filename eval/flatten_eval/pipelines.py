@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flatten_diffusion.captions import decode_text
 from flatten_diffusion.files import parse_json, sha256_of
+from flatten_diffusion.images import is_hidden
 from flatten_diffusion.scenes.pipeline import PIPELINES, load_embedded
 
 from .errors import InputError, first_line
 
+_EDGE = 2**20
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -52,16 +56,10 @@ def _from_pretrained(source: str, dtype: str, offline: bool, revision: str | Non
     folder = Path(source)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise InputError(f"{source}: not a diffusers pipeline folder (no model_index.json)")
+    named: dict[str, Any] = {"torch_dtype": DTYPES[dtype], "revision": revision, "variant": variant}
     try:
-        return DiffusionPipeline.from_pretrained(
-            source,
-            torch_dtype=DTYPES[dtype],
-            local_files_only=offline,
-            revision=revision,
-            variant=variant,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+        return DiffusionPipeline.from_pretrained(source, local_files_only=offline, use_safetensors=True, **named)
+    except Exception as error:  # a damaged folder raises many kinds
         raise InputError(f"{source}: cannot be loaded as a pipeline ({first_line(error)})") from error
 
 
@@ -80,11 +78,27 @@ def apply_adapter(pipeline: Any, source: str, offline: bool) -> Any:
 
 
 def adapter_sha256(source: str | None) -> str | None:
-    """sha256 of a local adapter's weights, so that two adapters at one path are told apart."""
-    if source is None:
+    """sha256 of a local adapter's weights, so that two adapters of one name are told apart."""
+    file = Path(source or "") / "adapter_model.safetensors"
+    return sha256_of(file) if source is not None and file.is_file() else None
+
+
+def pipeline_sha256(source: str) -> str | None:
+    """One sha256 of a local pipeline, so that two of one name are told apart: over each file's name, size, first and
+    last megabyte (whole files of gigabytes would take longer than drawing)."""
+    folder = Path(source)
+    if source in PIPELINES or not folder.is_dir():
         return None
-    file = Path(source) / "adapter_model.safetensors"
-    return sha256_of(file) if file.is_file() else None
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not is_hidden(path, folder):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode(errors="surrogateescape"))
+            with path.open("rb") as file:
+                digest.update(file.read(_EDGE))
+                file.seek(max(0, size - _EDGE))
+                digest.update(file.read(_EDGE))
+    return digest.hexdigest()
 
 
 def call_parameters(pipeline: Any) -> frozenset[str]:
@@ -114,9 +128,10 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise InputError(f"{path}: no such prompts file")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text; give one prompt per line") from error
+        # Not splitlines(): U+2028 and its like may stand inside a prompt.
+        lines = [line.strip() for line in decode_text(path.read_bytes(), str(path)).split("\n")]
+    except (OSError, ValueError) as error:
+        raise InputError(first_line(error)) from error
     if path.suffix in (".jsonl", ".ndjson"):
         prompts = [_prompt_of(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line]
     else:

@@ -114,9 +114,7 @@ def render_report(comparison: Comparison, folder: Path, max_pairs: int) -> str:
     """
     settings = comparison.settings
     shown = worst_first(comparison.pairs)[:max_pairs]
-    # A local folder's last part; a hub id whole.
-    source = Path(str(settings["pipeline"]))
-    title = f"{source.name if source.is_dir() else settings['pipeline']}: original and converted"
+    title = f"{settings['pipeline']}: original and converted"
     made_with = {"settings": settings, "environment": comparison.environment}
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from flatten_diffusion.scenes.check import check_folder
+from flatten_diffusion.scenes.grammar import parse
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import write_json, write_text
 from ..generate import check_settings, generate, jobs_from, settings_from
-from ..images import load_captions, open_images
 from ..metrics.paired import load_lpips, measure_pairs, require_torchmetrics, summarise
 from ..metrics.quality import check_sources, evaluate_quality, open_source
 from ..pipelines import PIPELINES, apply_adapter, denoiser
@@ -30,10 +30,10 @@ from .options import (
     clip_from,
     extractor_from,
     pipeline_from,
-    positive,
     prompts_from,
     quality_options,
     size,
+    small,
     table,
 )
 
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--speed-sizes", type=size, nargs="*", metavar="PIXELS|WxH", help="sizes to time (default: the size drawn)"
     )
-    group.add_argument("--rounds", type=positive, default=5, metavar="N", help="timed rounds per size (default 5)")
-    group.add_argument("--report-pairs", type=positive, default=24, metavar="N", help="pairs shown (default 24)")
+    group.add_argument("--rounds", type=small, default=5, metavar="N", help="timed rounds per size (default 5)")
+    group.add_argument("--report-pairs", type=small, default=24, metavar="N", help="pairs shown (default 24)")
 
 
 def run(arguments: argparse.Namespace) -> Outcome | None:
@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> Outcome | None:
     jobs = jobs_from(arguments, prompts)
     real = open_source(arguments.real) if arguments.real is not None else None
     settings = settings_from(arguments)
+    outside = _outside(prompts) if arguments.pipeline in PIPELINES else None
     processes = join_processes(arguments.device)
     extractor = extractor_from(arguments, processes.device)
     clip = clip_from(arguments, extractor, processes.device)
@@ -95,18 +96,20 @@ def run(arguments: argparse.Namespace) -> Outcome | None:
         rounds=arguments.rounds, warmup=1, steps=arguments.steps or 50, all_backends=False, compression=compression,
         seed=arguments.seed,
     )  # fmt: skip
-    facts = {}
-    for side in (ORIGINAL, CONVERTED) if arguments.pipeline in PIPELINES else ():
-        facts[side] = float(check_folder(output / side)["fact_accuracy"])
+    facts = None
+    if arguments.pipeline in PIPELINES and outside is None:
+        facts = {side: float(check_folder(output / side)["fact_accuracy"]) for side in (ORIGINAL, CONVERTED)}
+    elif outside is not None:
+        measured["warnings"].append(f"the share of stated facts that hold is left out: {outside}")
     comparison = Comparison(
         settings=dict(vars(settings)),
         quality=measured,
         pairs=pairs,
         paired=summarise(pairs, missing),
         speed=measure_model(model, sizes, processes.device, speed, adapter=adapter) if sizes else [],
-        facts=facts or None,
+        facts=facts,
         layers=str(adapter.report()),
-        captions=_captions(output / ORIGINAL),
+        captions={job.file: job.prompt or "" for job in jobs},
         environment=environment(processes.device),
     )
     return _write(comparison, output, arguments.report_pairs)
@@ -121,11 +124,14 @@ def _speed_sizes(arguments: argparse.Namespace, model: Any, compression: int) ->
     return [(latents * compression, latents * compression)] if isinstance(latents, int) else []
 
 
-def _captions(folder: Path) -> dict[str, str]:
-    if not (folder / "metadata.jsonl").is_file():
-        return {}
-    images = open_images(folder)
-    return dict(zip(images.names, load_captions(images, None), strict=True))
+def _outside(prompts: list[str] | None) -> str | None:
+    """Why the first prompt that is no caption of the scene grammar is none."""
+    for prompt in prompts or ():
+        try:
+            parse(prompt)
+        except ValueError as error:
+            return first_line(error)
+    return None
 
 
 def _write(comparison: Comparison, output: Path, report_pairs: int) -> Outcome:
@@ -140,7 +146,7 @@ def _write(comparison: Comparison, output: Path, report_pairs: int) -> Outcome:
         "pairs": [vars(pair) | {"psnr": pair.psnr if math.isfinite(pair.psnr) else None} for pair in comparison.pairs],
         "speed": comparison.speed,
         "warnings": comparison.quality["warnings"],
-        "report": str(report),
+        "report": report.name,
         "environment": comparison.environment,
     }
     write_json(output / "compare.json", result)

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> Outcome | None:
         return None
     result = {
         "command": "generate",
-        "output": str(arguments.output),
+        "output": arguments.output.name,
         "count": len(jobs),
         "made": total,
         "settings": vars(settings),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from ..features import RESIZE_MODES, Extractor, ResizeMode, TransformerExtractor
 from ..metrics.quality import METRICS, QualityOptions
 from ..pipelines import DTYPES, load_pipeline, read_prompts
 
+LARGEST_SIDE = 32_768
+"""Pixels."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -25,20 +29,38 @@ class Outcome:
     result: dict[str, Any]
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number in bounds, so that no slip of the finger starts days of work."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]} is not from {low} to {high}")
+        return value
+
+    return number
+
+
+positive = whole(1, 10**7)
+small = whole(1, 10_000)
+seed = whole(-(2**63), 2**63 - 1)
+
+
+def finite(text: str) -> float:
+    """A finite number, for argparse."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not finite")
     return value
 
 
 def size(text: str) -> tuple[int, int]:
     """(height, width) in pixels of `512` or of `WIDTHxHEIGHT`, for argparse."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if match is None or int(match[1]) < 1 or int(match[2] or 1) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not PIXELS or WIDTHxHEIGHT")
-    return int(match[2] or match[1]), int(match[1])
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text)
+    sides = (int(match[2] or match[1]), int(match[1])) if match is not None else (0, 0)
+    if not all(1 <= side <= LARGEST_SIDE for side in sides):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not PIXELS or WIDTHxHEIGHT of 1 to {LARGEST_SIDE} each")
+    return sides
 
 
 def add_extractor_arguments(parser: argparse.ArgumentParser, default: str = "inception") -> None:
@@ -58,10 +80,13 @@ def add_extractor_arguments(parser: argparse.ArgumentParser, default: str = "inc
         "TensorFlow 1 bilinear of published FID; legacy-pytorch: that of pytorch-fid",
     )  # fmt: skip
     group.add_argument(
-        "--resize-to", type=positive, metavar="PIXELS", help="square input size of a custom extractor (default: as is)"
+        "--resize-to",
+        type=small,
+        metavar="PIXELS",
+        help="square input size of a custom extractor (default: as is)",
     )
-    group.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at once (default 32)")
-    group.add_argument("--num-workers", type=positive, default=2, metavar="N", help="decoding threads (default 2)")
+    group.add_argument("--batch-size", type=small, default=32, metavar="N", help="images at once (default 32)")
+    group.add_argument("--num-workers", type=small, default=2, metavar="N", help="decoding threads (default 2)")
     group.add_argument("--no-resume", action="store_true", help="keep no unfinished passes and continue none")
 
 
@@ -85,12 +110,12 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompts", type=Path, metavar="FILE", help="one per line, or JSON lines with text")
     group.add_argument("--num-images", type=positive, metavar="N", help="for a pipeline without prompts")
     group.add_argument("--max-prompts", type=positive, metavar="N", help="use the first N prompts")
-    group.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="images per prompt (default: --seed)")
+    group.add_argument("--seeds", type=seed, nargs="+", metavar="SEED", help="images per prompt (default: --seed)")
     group.add_argument("--size", type=size, metavar="PIXELS|WxH", help="(default: the pipeline's own)")
-    group.add_argument("--steps", type=positive, metavar="N", help="denoising steps (default: the pipeline's own)")
-    group.add_argument("--guidance", type=float, metavar="SCALE", help="(default: the pipeline's own)")
+    group.add_argument("--steps", type=small, metavar="N", help="denoising steps (default: the pipeline's own)")
+    group.add_argument("--guidance", type=finite, metavar="SCALE", help="(default: the pipeline's own)")
     group.add_argument("--negative-prompt", metavar="TEXT")
-    group.add_argument("--generation-batch-size", "--batch", type=positive, default=1, metavar="N", help="(default 1)")
+    group.add_argument("--generation-batch-size", "--batch", type=small, default=1, metavar="N", help="(default 1)")
 
 
 def prompts_from(arguments: argparse.Namespace) -> list[str] | None:

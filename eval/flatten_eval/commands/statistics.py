@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import require_space
+from ..files import require_space, require_writable
 from ..images import open_images
 from ..metrics.quality import check_sources, source_statistics
 from ..metrics.statistics import save_statistics
@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> Outcome | None:
     """Computes and writes; helper processes return None."""
     if arguments.output.suffix != ".npz":
         raise InputError(f"{arguments.output}: statistics are written as .npz")
+    require_writable(arguments.output)
     images = open_images(arguments.images).limited(arguments.max_images)
     # 2048 features in float64, the largest usual file, is 32 MiB.
     require_space(arguments.output.parent, 64 * 2**20)
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> Outcome | None:
     text = f"{arguments.output}: {statistics.count} images, {len(statistics.mean)} features"
     result = {
         "command": "statistics",
-        "path": str(arguments.output),
+        "path": arguments.output.name,
         "count": statistics.count,
         "features": len(statistics.mean),
         "extractor": extractor.identity.as_dict(),

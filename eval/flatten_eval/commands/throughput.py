@@ -12,7 +12,7 @@ import torch
 from flatten_diffusion import AdapterConfig
 
 from ..errors import InputError
-from ..files import write_bytes
+from ..files import require_writable, shown_name, write_bytes
 from ..pipelines import DTYPES, apply_adapter, denoiser
 from ..processes import resolve_device
 from ..report import require_matplotlib, throughput_png
@@ -20,7 +20,7 @@ from ..speed.architectures import ARCHITECTURES, build_model
 from ..speed.model import COMPILED, ThroughputOptions, crossover, measure_model
 from ..speed.operator import OperatorSettings, measure_operator
 from ..versions import environment
-from .options import Outcome, number, pipeline_from, positive, size, table
+from .options import Outcome, finite, number, pipeline_from, positive, size, small, table, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,35 +33,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes", type=size, nargs="+", metavar="PIXELS|WxH", default=[(512, 512), (1024, 1024)], help="(512 1024)"
     )
-    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images at once (default 1)")
+    parser.add_argument("--batch-size", type=small, default=1, metavar="N", help="images at once (default 1)")
     parser.add_argument("--no-guidance", action="store_true", help="one forward sample per image, not two")
-    parser.add_argument("--steps", type=positive, metavar="N", help="for seconds per image (default: the authors')")
+    parser.add_argument("--steps", type=small, metavar="N", help="for seconds per image (default: the authors')")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="(default float32)")
-    parser.add_argument("--kernel-size", type=int, default=5, metavar="K", help="of the convolution (default 5)")
-    parser.add_argument("--window", type=int, default=0, metavar="W", help="side of softmax windows (default none)")
+    parser.add_argument(
+        "--kernel-size", type=whole(0, 63), default=5, metavar="K", help="of the convolution (default 5)"
+    )
+    parser.add_argument(
+        "--window", type=whole(0, 256), default=0, metavar="W", help="side of softmax windows (default none)"
+    )
     parser.add_argument("--compile", action="store_true", help="also under torch.compile")
     parser.add_argument("--fewer", action="store_true", help="default SDPA and the fast backends only")
-    parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="interleaved rounds (default 10)")
-    parser.add_argument("--warmup", type=int, default=1, metavar="N", help="untimed calls of each (default 1)")
-    parser.add_argument("--seconds", type=float, default=120.0, metavar="S", help="of rounds per size (default 120)")
+    parser.add_argument("--rounds", type=small, default=10, metavar="N", help="interleaved rounds (default 10)")
+    parser.add_argument(
+        "--warmup", type=whole(0, 1000), default=1, metavar="N", help="untimed calls of each (default 1)"
+    )
+    parser.add_argument("--seconds", type=finite, default=120.0, metavar="S", help="of rounds per size (default 120)")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="write a PNG plot")
     group = parser.add_argument_group("with --op")
     group.add_argument("--tokens", type=positive, nargs="+", default=[1024, 4096, 16384], metavar="N")
-    group.add_argument("--heads", type=positive, default=8, metavar="H", help="(default 8)")
-    group.add_argument("--head-dim", type=positive, default=40, metavar="D", help="(default 40)")
+    group.add_argument("--heads", type=small, default=8, metavar="H", help="(default 8)")
+    group.add_argument("--head-dim", type=small, default=40, metavar="D", help="(default 40)")
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Measures and formats."""
     if arguments.plot is not None:
         require_matplotlib()
+        require_writable(arguments.plot)
         if arguments.op:
             raise InputError("--plot draws seconds per step; it does not go with --op")
     if arguments.adapter is not None and arguments.pipeline is None:
         raise InputError("--adapter belongs to --pipeline; --arch and --op have random weights")
-    if arguments.kernel_size < 0 or (arguments.kernel_size and arguments.kernel_size % 2 == 0):
+    if arguments.kernel_size and arguments.kernel_size % 2 == 0:
         raise InputError(f"--kernel-size {arguments.kernel_size}: needs an odd number, or 0 for no convolution")
-    if arguments.window < 0 or arguments.window == 1:
+    if arguments.window == 1:
         raise InputError(f"--window {arguments.window}: needs a whole number from 2, or 0 for no windows")
     if arguments.window and arguments.op:
         raise InputError("--window belongs to a model; the operator alone has none")
@@ -80,7 +87,7 @@ def _run_model(arguments: argparse.Namespace, device: torch.device) -> Outcome:
     crossovers = {"eager": crossover(results)}
     if options.compiled:
         crossovers["compiled"] = crossover(results, COMPILED)
-    name, made_with = arguments.arch or arguments.pipeline, environment(device)
+    name, made_with = arguments.arch or shown_name(arguments.pipeline), environment(device)
     if arguments.plot is not None:
         title = f"{name}, {arguments.dtype}, batch {options.batch}, {made_with['device_name']}"
         write_bytes(arguments.plot, throughput_png(results, title))

@@ -30,6 +30,15 @@ class ExtractorIdentity:
     def as_dict(self) -> dict[str, str | None]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, value: object) -> ExtractorIdentity:
+        """What `as_dict` gave. Raises ValueError for anything else."""
+        texts = {"weights_sha256": None} | value if isinstance(value, dict) else {}
+        known = set(texts) == set(cls.__dataclass_fields__)
+        if not known or not all(isinstance(text, str | None) for text in texts.values()) or texts["name"] is None:
+            raise ValueError("it does not say which extractor")
+        return cls(**texts)
+
 
 class Extractor(Protocol):
     """Maps images to feature vectors in two steps, so that decoding threads can do the first."""

@@ -13,7 +13,7 @@ import torch
 
 from flatten_diffusion.files import sha256_of
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..images import Pixels
 from .base import ExtractorIdentity
 from .resize import ResizeMode, resize
@@ -42,9 +42,7 @@ class CustomExtractor:
         self.needs_one_size = size is None
         self._function, digest, own_name = _load(source, device)
         self._mode: ResizeMode = resize
-        self._size = size
-        self._device = device
-        self._source = source
+        self._size, self._device, self._source = size, device, source
         resized = "none" if size is None else f"{resize}-{size}-uint8"
         self.identity = ExtractorIdentity(name or own_name, digest, resized)
 
@@ -58,9 +56,9 @@ class CustomExtractor:
         try:
             features = self._function(batch.to(self._device))
         except Exception as error:  # foreign code may raise anything
-            line = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
             raise InputError(
-                f"{self._source}: the extractor failed on uint8 {tuple(batch.shape)}: {type(error).__name__}: {line}"
+                f"{self._source}: the extractor failed on uint8 {tuple(batch.shape)}: {reason[:300]}"
             ) from error
         shape = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(batch):
@@ -75,11 +73,11 @@ def _load(source: str, device: torch.device) -> tuple[Function, str | None, str]
     if path.is_file() and ":" not in path.name:
         try:
             script: Function = torch.jit.load(str(path), map_location=device).eval()
-        except RuntimeError as error:
+        except Exception as error:  # a damaged archive raises many kinds
             raise InputError(f"{source}: not a TorchScript file; export one with torch.jit.script or trace") from error
         return script, sha256_of(path), path.name
-    module_name, separator, function_name = source.rpartition(":")
-    if not separator or not module_name:
+    module_name, _, function_name = source.rpartition(":")
+    if not module_name:
         raise InputError(
             f"{source}: unknown extractor; use inception, dinov2, clip, pixels, a TorchScript file or module:function"
         )
@@ -87,26 +85,26 @@ def _load(source: str, device: torch.device) -> tuple[Function, str | None, str]
     function = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(f"{source}: {module_name} has no function {function_name}")
+    try:
+        file = inspect.getsourcefile(module)
+    except TypeError as error:
+        raise InputError(f"{source}: {module_name} is built into Python; name a function of your own") from error
     if isinstance(function, torch.nn.Module):
         function = function.to(device).eval()
-    file = inspect.getsourcefile(module)
     return function, sha256_of(Path(file)) if file else None, f"{module.__name__}:{function_name}"
 
 
 def _import(name: str, source: str) -> ModuleType:
+    path = Path(name)
+    if name.endswith(".py") and not path.is_file():
+        raise InputError(f"{source}: {name} does not exist")
     try:
         if not name.endswith(".py"):
             return importlib.import_module(name)
-        path = Path(name)
-        if not path.is_file():
-            raise InputError(f"{source}: {name} does not exist")
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        if spec is None or spec.loader is None:
-            raise InputError(f"{source}: {name} cannot be imported")
+        assert spec is not None and spec.loader is not None  # of a .py file there always is
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    except InputError:
-        raise
-    except Exception as error:  # importing runs foreign code
-        raise InputError(f"{source}: cannot be imported ({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit) as error:  # importing runs foreign code
+        raise InputError(f"{source}: cannot be imported ({type(error).__name__}: {first_line(error)})") from error

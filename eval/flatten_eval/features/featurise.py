@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from flatten_diffusion.files import parse_json, read_tensors, sweep
+
 from ..errors import InputError
-from ..files import replacing
+from ..files import write_tensors
 from ..images import ImageReader, ImageSet, UnreadableImage, blocks, unreadable_message
 from ..metrics.statistics import Moments
 from ..processes import Processes
@@ -26,8 +26,9 @@ from .base import Extractor
 
 SAVE_SECONDS = 30.0
 LOOKAHEAD = 2
+Span: TypeAlias = tuple[int, int]
 # Network inputs of some images, and the names of those that could not be read.
-_Prepared: TypeAlias = "tuple[list[torch.Tensor], list[str]]"
+_Prepared: TypeAlias = tuple[list[torch.Tensor], list[str]]
 
 
 @dataclass
@@ -45,8 +46,8 @@ class FeatureSet:
     """Features of a whole set, the same on every process.
 
     Attributes:
-        moments: sums over all images.
-        features: [N, d] in the set's order, or None where only the sums were asked for.
+        moments: of all images.
+        features: [N, d] in the set's order, or None where only the moments were asked for.
     """
 
     moments: Moments
@@ -75,7 +76,9 @@ def featurise(
         InputError: unreadable images (all of them counted and named), or an extractor that fails.
     """
     mine = list(blocks(len(images), batch_size))[processes.rank :: processes.world]
-    checkpoint = _checkpoint_path(resume_folder, images, extractor, processes, batch_size, keep_features)
+    checkpoint = None
+    if resume_folder is not None:
+        checkpoint = _checkpoint_path(resume_folder, images, extractor, processes, batch_size, keep_features)
     state = _load_state(checkpoint) if checkpoint is not None else _State()
     if len(state.rows) != (state.done if keep_features else 0):
         state = _State()
@@ -103,7 +106,7 @@ def featurise(
     return result
 
 
-def _images_in(spans: list[tuple[int, int]]) -> int:
+def _images_in(spans: Sequence[Span]) -> int:
     return sum(end - start for start, end in spans)
 
 
@@ -124,10 +127,10 @@ def _merge(images: ImageSet, state: _State, processes: Processes, keep_features:
 
 
 def _batches(
-    images: ImageSet, extractor: Extractor, spans: list[tuple[int, int]], workers: int
+    images: ImageSet, extractor: Extractor, spans: Sequence[Span], workers: int
 ) -> Iterator[tuple[torch.Tensor | None, list[str]]]:
     """Yields each block's stacked images and the names that could not be read, decoding ahead of the extractor."""
-    with ImageReader(images) as reader, ThreadPoolExecutor(max(1, workers)) as pool:
+    with ImageReader(images) as reader, ThreadPoolExecutor(workers) as pool:
 
         def prepare(names: Sequence[str]) -> _Prepared:
             tensors: list[torch.Tensor] = []
@@ -147,8 +150,8 @@ def _batches(
             if span is not None:
                 names = images.names[slice(*span)]
                 # One task per thread and block: a task per image would spend longer on handing over than on decoding.
-                share = -(-len(names) // max(1, workers))
-                waiting.append([pool.submit(prepare, names[start:end]) for start, end in blocks(len(names), share)])
+                shares = blocks(len(names), -(-len(names) // workers))
+                waiting.append([pool.submit(prepare, names[start:end]) for start, end in shares])
 
         try:
             for _ in range(LOOKAHEAD):
@@ -156,66 +159,52 @@ def _batches(
             while waiting:
                 futures = waiting.popleft()
                 submit()
-                yield _collect(futures)
+                parts = [future.result() for future in futures]
+                tensors = [tensor for part, _ in parts for tensor in part]
+                yield torch.stack(tensors) if tensors else None, [name for _, names in parts for name in names]
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _collect(futures: list[Future[_Prepared]]) -> tuple[torch.Tensor | None, list[str]]:
-    parts = [future.result() for future in futures]
-    tensors = [tensor for part, _ in parts for tensor in part]
-    broken = [name for _, names in parts for name in names]
-    return (torch.stack(tensors) if tensors else None), broken
-
-
 def _checkpoint_path(
-    folder: Path | None,
+    folder: Path,
     images: ImageSet,
     extractor: Extractor,
     processes: Processes,
     batch_size: int,
     keep_features: bool,
-) -> Path | None:
-    if folder is None:
-        return None
-    key = json.dumps(
-        [
-            str(images.path.resolve()),
-            images.fingerprint(),
-            extractor.identity.as_dict(),
-            processes.rank,
-            processes.world,
-            batch_size,
-            keep_features,
-        ]
-    )
-    return folder / f"pass-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+) -> Path:
+    parts = (processes.rank, processes.world, batch_size, keep_features)
+    key = [str(images.path.resolve()), images.fingerprint(), extractor.identity.as_dict(), *parts]
+    return folder / f"pass-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
 
 
 def _save_state(path: Path, state: _State) -> None:
-    tensors = {f"row.{index:08d}": row.contiguous() for index, row in enumerate(state.rows)}
+    tensors = {f"row.{index:08d}": row for index, row in enumerate(state.rows)}
+    counts: list[int] = []
     if state.moments is not None:
-        tensors |= {"total": state.moments.total, "outer": state.moments.outer}
-    count = state.moments.count if state.moments is not None else 0
-    metadata = {"done": str(state.done), "count": str(count), "broken": json.dumps(state.broken)}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        counts = [count for count, _ in state.moments.blocks]
+        means = torch.stack([mean for _, mean in state.moments.blocks])
+        tensors |= {"means": means, "scatter": state.moments.scatter}
+    description = {"done": state.done, "counts": counts, "broken": state.broken}
+    write_tensors(path, tensors, json.dumps(description))
 
 
 def _load_state(path: Path) -> _State:
+    for left in path.parent.glob(".pass-*.tmp"):  # of killed runs over other sets too
+        sweep(path.with_name(left.name[1:].split(".safetensors")[0] + ".safetensors"))
     if not path.is_file():
         return _State()
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError):
-        # A damaged checkpoint costs time, never correctness.
+        tensors, description = read_tensors(path)
+        about = parse_json(description, str(path))
+        state = _State(about["done"], None, [], about["broken"])
+        if "means" in tensors:
+            state.moments = Moments(tensors["means"].shape[1])
+            state.moments.blocks = list(zip(about["counts"], tensors["means"], strict=True))
+            state.moments.scatter = tensors["scatter"]
+    except (OSError, ValueError, KeyError, TypeError):
+        # Damaged, to the last bit, or of another version: costs time, never correctness.
         return _State()
-    state = _State(int(metadata["done"]), None, [], json.loads(metadata["broken"]))
-    if "total" in tensors:
-        state.moments = Moments(tensors["total"].shape[1])
-        state.moments.count = int(metadata["count"])
-        state.moments.total, state.moments.outer = tensors["total"], tensors["outer"]
     state.rows = [tensors[key] for key in sorted(tensors) if key.startswith("row.")]
     return state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +126,7 @@ def load_network(path: Path) -> nn.Module:
         return _from_state(path, state)
     try:
         script: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")
-    except RuntimeError:  # not a TorchScript archive
+    except Exception:  # not a TorchScript archive
         return _from_state(path, _load_pth(path))
     # The archive resizes inside; its `layers` take the resized, scaled image.
     network: nn.Module = getattr(script, "layers", script)
@@ -137,9 +136,9 @@ def load_network(path: Path) -> nn.Module:
 def _load_pth(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged pickle raises many kinds
         raise InputError(f"{path}: neither TorchScript nor a state dictionary of tensors; download it again") from error
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path}: holds {type(state).__name__}, not a state dictionary; download it again")
     return state
 

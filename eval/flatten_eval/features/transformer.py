@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from flatten_diffusion.files import sha256_of
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..images import Pixels
 from .base import ExtractorIdentity
 from .resize import ResizeMode, resize
@@ -135,6 +135,7 @@ def _load(kind: str, folder: Path, source: str) -> tuple[Any, int]:
             return network.eval(), 224
         network = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         return network.eval(), int(config.vision_config.image_size)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{source}: cannot be loaded as a {kind} model ({first})") from error
+    except InputError:
+        raise
+    except Exception as error:  # a damaged folder raises many kinds
+        raise InputError(f"{source}: cannot be loaded as a {kind} model ({first_line(error)})") from error

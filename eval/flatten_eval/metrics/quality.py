@@ -12,6 +12,7 @@ import torch
 from ..errors import InputError
 from ..features import Extractor, TransformerExtractor, is_published_fid, require_same
 from ..features.featurise import featurise
+from ..files import shown_name
 from ..images import ImageSet, check_headers, load_captions, open_images, require_one_size
 from ..processes import Processes
 from .frechet import frechet_distance, frechet_infinity
@@ -69,7 +70,7 @@ class _Evaluated:
 
 def open_source(path: Path, max_images: int | None = None) -> Source:
     """Images, or saved statistics for a path that ends in .npz."""
-    if path.suffix == ".npz":
+    if path.suffix == ".npz" and not path.is_dir():
         if not path.is_file():
             raise InputError(f"{path}: does not exist; give a folder of images, a zip file or saved statistics (.npz)")
         return load_statistics(path)
@@ -193,8 +194,8 @@ def _compare(
 
 def _describe(evaluated: _Evaluated) -> dict[str, Any]:
     source = evaluated.source
-    path = source.source if isinstance(source, Statistics) else str(source.path)
-    return {"path": path, "count": evaluated.statistics.count}
+    path = source.source if isinstance(source, Statistics) else source.path
+    return {"path": shown_name(path), "count": evaluated.statistics.count}
 
 
 def _warnings(evaluated: list[_Evaluated], extractor: Extractor) -> list[str]:
@@ -221,5 +222,5 @@ def _warnings(evaluated: list[_Evaluated], extractor: Extractor) -> list[str]:
         if isinstance(item.source, ImageSet):
             lossy = sum(name.lower().endswith((".jpg", ".jpeg")) for name in item.source.names)
             if lossy:
-                warnings.append(f"{item.source.path}: {lossy} JPEG files: compression moves the distance; use PNG")
+                warnings.append(f"{item.source.path.name}: {lossy} JPEG files: compression moves the distance; use PNG")
     return warnings
