@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 T = TypeVar("T")
 
@@ -55,8 +55,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise InputError(f"--device {name}: not available here ({line}); try --device cpu") from error
+        raise InputError(f"--device {name}: not available here ({first_line(error)}); try --device cpu") from error
     return device
 
 
