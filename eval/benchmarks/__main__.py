@@ -1,11 +1,10 @@
 """Benchmarks, run from the checkout's root with the package installed (`pip install -e .`):
 
-    python -m eval.benchmarks operator --tokens 4096 16384 --kernel_size 5
-    python -m eval.benchmarks models --arch sd15
     python -m eval.benchmarks cpu --json eval/results/cpu.json
     python -m eval.benchmarks conversion --json eval/results/conversion.json
 
 Every round runs each variant once, in turn, so that a busy machine slows all of them alike; medians and ratios count.
+The operator at other shapes, and other models, are timed by `flatten-eval throughput`.
 """
 
 from __future__ import annotations
@@ -19,15 +18,14 @@ from types import ModuleType
 
 import torch
 
-from flatten_diffusion.ops.crossover import device_name
 from flatten_eval.errors import InputError
 from flatten_eval.files import write_json
 from flatten_eval.versions import environment
 
-from . import conversion, cpu, models, operator
+from . import conversion, cpu
 
-BENCHMARKS: dict[str, ModuleType] = {"operator": operator, "models": models, "cpu": cpu, "conversion": conversion}
-"""Of each: `add_arguments`, `check` (the first thing wrong with them, or None), `run` (parts of the result; prints)."""
+BENCHMARKS: dict[str, ModuleType] = {"cpu": cpu, "conversion": conversion}
+"""Of each: `add_arguments`, `check` (the first thing wrong with them, or None), `run` (the result's parts; prints)."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -35,14 +33,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     subparsers = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, module in BENCHMARKS.items():
-        raw = argparse.RawDescriptionHelpFormatter
-        one = str(module.__doc__).splitlines()[0]
-        sub = subparsers.add_parser(name, help=one, description=module.__doc__, formatter_class=raw)
+        lines = str(module.__doc__)
+        sub = subparsers.add_parser(name, help=lines.splitlines()[0], description=lines)
+        sub.formatter_class = parser.formatter_class
         module.add_arguments(sub)
-        sub.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+        sub.add_argument("--threads", type=int, default=2 if name == "cpu" else None, help="(default: torch's)")
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--json", type=Path, help="write the result there")
-        sub.set_defaults(**module.DEFAULTS)
     options = parser.parse_args(arguments)
     wrong = BENCHMARKS[options.benchmark].check(options)
     if wrong is not None:
@@ -56,12 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    device = torch.device(options.device)
     given = " ".join(sys.argv[1:] if arguments is None else arguments)
-    made_with = environment(device) | {
-        "cpu": device_name(torch.device("cpu")),
-        "load_before": list(os.getloadavg()),
-    }
+    made_with = environment(torch.device("cpu")) | {"load_before": list(os.getloadavg())}
     try:
         result = {"command": f"python -m eval.benchmarks {given}", "environment": made_with}
         result |= BENCHMARKS[options.benchmark].run(options)

@@ -24,7 +24,6 @@ from flatten_eval.pipelines import DTYPES
 from flatten_eval.speed.architectures import ARCHITECTURES, build_meta_model, build_model, free_memory
 from flatten_eval.speed.timing import reset_peak_resident, resident
 
-DEFAULTS: dict[str, Any] = {"device": "cpu"}
 ARCHS = ("sd15", "sdxl", "pixart", "sd3", "flux")
 SECONDS = 10.0
 SHARE = 0.02

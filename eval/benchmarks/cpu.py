@@ -9,18 +9,19 @@ model unconverted and against the floor, which leaves the attention product out.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from flatten_diffusion import AdapterConfig
+from flatten_eval.speed.architectures import build_model
+from flatten_eval.speed.model import ThroughputOptions, measure_model
 from flatten_eval.speed.operator import OperatorSettings, measure_operator, operator_candidates
 from flatten_eval.speed.timing import measure, ratio
 
-from . import models, operator
-
 CPU = torch.device("cpu")
-DEFAULTS: dict[str, Any] = {"threads": 2, "device": "cpu"}
 # (row, the ratio it must reach, the ratio aimed at)
 REQUIRED: tuple[tuple[str, float, float], ...] = (
     ("operator, 4096 tokens", 6.0, 12.0),
@@ -57,21 +58,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         )
         how: dict[str, Any] = {"rounds": options.rounds, "warmup": 2, "memory": False}
         rows += [{"kernel_size": kernel_size} | measure_operator(n, CPU, settings, **how) for n in options.tokens]
-    # Nothing warms the largest size up but the smaller ones before it: it takes long.
-    sizes = [(s, rounds, int(s <= 512)) for s, rounds in zip(options.sizes, options.model_rounds, strict=True)]
     result: dict[str, Any] = {
         "operator": rows,
         "bfloat16": [bfloat16_row(tokens, options) for tokens in options.tokens],
-        "model": models.measure_models(options.arch, sizes, CPU, seed=options.seed) if sizes else [],
+        "model": model_rows(options) if options.sizes else [],
     }
     result["verdicts"] = verdicts(result)
-    for row in rows:
-        print(f"kernel {row['kernel_size']}\n{operator.table([row])}")
-    print(models.table(result["model"]))
-    for verdict in result["verdicts"]:
-        met = "met" if verdict["met"] else "MISSED"
-        print(f"{verdict['row']:<42} {verdict['ratio']:8.2f}  at least {verdict['at_least']:.2f}  {met}")
+    print(table(result))
     return result
+
+
+def model_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per size; nothing warms the largest up but the smaller ones before it: it takes long."""
+    model, rows = build_model(options.arch, CPU, torch.float32), []
+    for size, rounds in zip(options.sizes, options.model_rounds, strict=True):
+        how = ThroughputOptions(
+            guidance_batches=1, rounds=rounds, warmup=int(size <= 512), seconds=math.inf, all_backends=False,
+            memory=False, seed=options.seed,
+        )  # fmt: skip
+        rows += measure_model(model, [(size, size)], CPU, how, AdapterConfig(min_tokens="auto"))
+    return rows
 
 
 def bfloat16_row(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -96,8 +102,9 @@ def verdicts(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             if row["kernel_size"] and variant in row["variants"]:
                 reached[f"{name}, {row['tokens']} tokens"] = row["variants"][variant]["speedup_over_sdpa"]
     for row in result["model"]:
-        reached[f"unet {row['size']}x{row['size']} against sdpa"] = row["sdpa_over_auto"]
-        reached[f"unet {row['size']}x{row['size']} against the floor"] = row.get("floor_over_auto")
+        size, converted = f"unet {row['width']}x{row['height']}", row["variants"]["linear:eager"]
+        reached[f"{size} against sdpa"] = converted["speedup_over_sdpa"]
+        reached[f"{size} against the floor"] = 1 / converted["ratio_to_floor"] if converted["ratio_to_floor"] else None
     for row in result["bfloat16"]:
         reached[f"bfloat16 against float32, {row['tokens']} tokens"] = row["float32_over_bfloat16"]
     return [
@@ -105,3 +112,17 @@ def verdicts(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         for name, least, aim in REQUIRED
         if (found := reached.get(name)) is not None
     ]
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Every median, then the verdicts."""
+    lines = []
+    for row in [*result["operator"], *result["model"]]:
+        what = f"{row['tokens']} tokens, kernel {row['kernel_size']}" if "tokens" in row else f"{row['width']} pixels"
+        for name, found in row["variants"].items():
+            shown = found["failure"] or f"{found['median'] * 1e3:12.3f} ms"
+            lines.append(f"{what:<24} {name:<24} {shown}")
+    for verdict in result["verdicts"]:
+        met = "met" if verdict["met"] else "MISSED"
+        lines.append(f"{verdict['row']:<42} {verdict['ratio']:8.2f}  at least {verdict['at_least']:.2f}  {met}")
+    return "\n".join(lines)

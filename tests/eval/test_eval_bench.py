@@ -39,11 +39,11 @@ def test_the_cpu_table(tmp_path: Path) -> None:
         torch.set_num_threads(threads)
     result = json.loads(path.read_text())
     assert result["command"].startswith("python -m eval.benchmarks cpu --json ")
-    assert {"versions", "device_name", "time", "threads", "cpu", "load_before"} <= set(result["environment"])
+    assert {"versions", "device_name", "time", "threads", "load_before"} <= set(result["environment"])
     assert [(row["kernel_size"], row["tokens"]) for row in result["operator"]] == [(5, 4096), (0, 4096)]
     assert {"sdpa", "linear:eager"} == set(result["operator"][0]["variants"])
-    assert [set(row["variants"]) for row in result["model"]] == [{"sdpa", "auto"}, {"sdpa", "auto", "floor"}]
-    assert [row["variants"]["auto"]["rounds"] for row in result["model"]] == [2, 1]
+    assert [set(row["variants"]) for row in result["model"]] == [{"sdpa", "linear:eager", "floor"}] * 2
+    assert [row["variants"]["linear:eager"]["rounds"] for row in result["model"]] == [2, 1]
     assert all("tokens (measured)" in reason for reason in result["model"][0]["layers"].values())
     assert [row["row"] for row in result["verdicts"]] == ["operator, 4096 tokens"]
     row = result["operator"][0]["variants"]
@@ -54,7 +54,10 @@ def test_rows_that_miss_are_said() -> None:
     result = {
         "operator": [],
         "bfloat16": [{"tokens": 16384, "float32_over_bfloat16": 0.9}],
-        "model": [{"size": 512, "sdpa_over_auto": 0.98}, {"size": 1024, "sdpa_over_auto": 1.4, "floor_over_auto": 0.9}],
+        "model": [
+            {"width": size, "height": size, "variants": {"linear:eager": {"speedup_over_sdpa": s, "ratio_to_floor": f}}}
+            for size, s, f in ((512, 0.98, None), (1024, 1.4, 1 / 0.9))
+        ],
     }
     met = {row["row"]: row["met"] for row in cpu.verdicts(result)}
     assert met == {
@@ -66,22 +69,9 @@ def test_rows_that_miss_are_said() -> None:
 
 
 def test_how_many_rounds_are_missing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong in (
-        ["cpu", "--sizes", "64", "--model_rounds", "1", "2"],
-        ["models", "--sizes", "64", "--rounds", "1", "2"],
-        ["models", "--sizes", "64", "--warmup", "1", "2"],
-    ):
-        with pytest.raises(SystemExit):
-            parse_arguments(wrong)
-        assert "1 in all" in capsys.readouterr().err
-
-
-def test_rounds_for_each_size(tmp_path: Path) -> None:
-    path = tmp_path / "models.json"
-    assert main(["models", "--device", "cpu", "--sizes", "64", "128", "--rounds", "2", "1", "--json", str(path)]) == 0
-    rows = json.loads(path.read_text())["model"]
-    assert [row["variants"]["sdpa"]["rounds"] for row in rows] == [2, 1]
-    assert all(row["sdpa_over_auto"] > 0 and row["sdpa_over_auto_by_round"] > 0 for row in rows)
+    with pytest.raises(SystemExit):
+        parse_arguments(["cpu", "--sizes", "64", "--model_rounds", "1", "2"])
+    assert "1 in all" in capsys.readouterr().err
 
 
 def test_conversion_of_every_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +82,7 @@ def test_conversion_of_every_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(conversion, "SHARE", 1e9)  # of a model of a few hundred parameters
     main(["conversion", "--archs", "pixart", "flux", "--rounds", "2", "--json", str(path)])
     result = json.loads(path.read_text())
-    assert {"versions", "device_name", "time", "threads", "cpu", "load_before"} <= set(result["environment"])
+    assert {"versions", "device_name", "time", "threads", "load_before"} <= set(result["environment"])
     pixart, flux_row = result["conversion"]
     assert (pixart["weights"], pixart["layers"], len(pixart["seconds"])) == ("random", 1, 2)
     assert (flux_row["weights"], flux_row["layers"]) == ("meta", 2)

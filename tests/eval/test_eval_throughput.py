@@ -253,11 +253,33 @@ def test_the_operator_alone(run_json: Run, monkeypatch: pytest.MonkeyPatch) -> N
         assert variant["of_copy_bandwidth"] == pytest.approx(share)
 
 
+def test_every_option_of_the_operator(run_json: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator, "COPY_BYTES", 2**16)
+    found = run_json(
+        "throughput", "--op", "--tokens", 16, "--heads", 2, "--head-dim", 8, "--rounds", 1, "--fewer", "--no-sdpa",
+        "--feature-maps", "--window", 2, "--kernel-size", 0, "--backward", "--focusing-factor", 2,
+    )  # fmt: skip
+    variants = found["tokens"][0]["variants"]
+    assert set(variants) == {f"linear:eager{end}" for end in ("", "+maps", "+windows")}
+    assert all(row["failure"] is None and row["of_copy_bandwidth"] is None for row in variants.values())
+    assert (found["backward"], found["window"], found["focusing_factor"]) == (True, 2, 2.0)
+
+
+def test_a_measured_crossover_tells_what_became_of_each_layer(
+    tiny_archs: None, run_json: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLATTEN_DIFFUSION_CACHE", str(tmp_path))
+    monkeypatch.setattr("flatten_diffusion.ops.crossover._time_ratio", lambda runs_at, side, device: 100 / side**2)
+    found = run_json("throughput", "--arch", "sd15", "--sizes", 64, "--rounds", 1, "--fewer", "--min-tokens", "auto")
+    assert found["min_tokens"] == "auto" and all("measured" in why for why in found["sizes"][0]["layers"].values())
+
+
 def test_wrong_use_is_one_line(tiny_archs: None, tmp_path: Path, run_error: Fail, monkeypatch: Any) -> None:
     cases: list[tuple[tuple[object, ...], str]] = [
         (("--arch", "sd15", "--adapter", "x"), "--adapter belongs to --pipeline"),
         (("--arch", "sd15", "--kernel-size", 4), "needs an odd number"),
         (("--op", "--plot", "x.png"), "does not go with --op"),
+        (("--op", "--graphs"), "--graphs needs a CUDA device"),
         (("--arch", "sd15", "--sizes", "68"), "UNet2DConditionModel needs multiples of 16 pixels"),
         (("--pipeline", tmp_path), "no model_index.json"),
     ]

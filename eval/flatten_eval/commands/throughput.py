@@ -40,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel-size", type=whole(0, 63), default=5, metavar="K", help="of the convolution (default 5)"
     )
+    parser.add_argument("--window", type=whole(0, 256), default=0, metavar="W", help="side of softmax windows (none)")
     parser.add_argument(
-        "--window", type=whole(0, 256), default=0, metavar="W", help="side of softmax windows (default none)"
+        "--min-tokens", type=tokens, default=0, metavar="N|auto", help="calls with fewer stay softmax (0)"
     )
     parser.add_argument("--compile", action="store_true", help="also under torch.compile")
     parser.add_argument("--fewer", action="store_true", help="default SDPA and the fast backends only")
@@ -55,6 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokens", type=positive, nargs="+", default=[1024, 4096, 16384], metavar="N")
     group.add_argument("--heads", type=small, default=8, metavar="H", help="(default 8)")
     group.add_argument("--head-dim", type=small, default=40, metavar="D", help="(default 40)")
+    group.add_argument("--focusing-factor", type=finite, default=3.0, metavar="P", help="(default 3)")
+    group.add_argument("--feature-maps", action="store_true", help="also with maps of query and key")
+    group.add_argument("--backward", action="store_true", help="forward and backward together")
+    group.add_argument("--graphs", action="store_true", help="CUDA: replay captured graphs (no launch cost)")
+    group.add_argument("--no-sdpa", action="store_true", help="leave softmax out")
+    group.add_argument("--public", action="store_true", help="CUDA: also the nearest kernel of another package")
+
+
+def tokens(text: str) -> int | str:
+    """`auto`, or a whole number, for argparse."""
+    return text if text == "auto" else whole(0, 2**31)(text)
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
@@ -70,16 +82,16 @@ def run(arguments: argparse.Namespace) -> Outcome:
         raise InputError(f"--kernel-size {arguments.kernel_size}: needs an odd number, or 0 for no convolution")
     if arguments.window == 1:
         raise InputError(f"--window {arguments.window}: needs a whole number from 2, or 0 for no windows")
-    if arguments.window and arguments.op:
-        raise InputError("--window belongs to a model; the operator alone has none")
     device = resolve_device(arguments.device)
+    if arguments.graphs and (device.type != "cuda" or arguments.backward or not arguments.warmup):
+        raise InputError("--graphs needs a CUDA device, a --warmup and no --backward")
     torch.manual_seed(arguments.seed)
     return _run_operator(arguments, device) if arguments.op else _run_model(arguments, device)
 
 
 def _run_model(arguments: argparse.Namespace, device: torch.device) -> Outcome:
     model, adapter, options = _subject(arguments, device)
-    config = AdapterConfig(kernel_size=arguments.kernel_size, window=arguments.window)
+    config = AdapterConfig(**{name: getattr(arguments, name) for name in ("kernel_size", "window", "min_tokens")})
     results = measure_model(model, sorted(arguments.sizes, key=math.prod), device, options, config, adapter)
     if all(variant["median"] is None for row in results for variant in row["variants"].values()):
         first = next(iter(results[0]["variants"].values()))["failure"]
@@ -100,6 +112,7 @@ def _run_model(arguments: argparse.Namespace, device: torch.device) -> Outcome:
         "steps": options.steps,
         "kernel_size": arguments.kernel_size,
         "window": arguments.window,
+        "min_tokens": arguments.min_tokens,
         "sizes": results,
         "crossover": crossovers,
         "environment": made_with,
@@ -136,15 +149,14 @@ def _subject(arguments: argparse.Namespace, device: torch.device) -> tuple[torch
 
 
 def _run_operator(arguments: argparse.Namespace, device: torch.device) -> Outcome:
+    same = ("heads", "head_dim", "kernel_size", "focusing_factor", "feature_maps", "window", "backward", "graphs")
     settings = OperatorSettings(
         batch=arguments.batch_size,
-        heads=arguments.heads,
-        head_dim=arguments.head_dim,
         dtype=DTYPES[arguments.dtype],
-        kernel_size=arguments.kernel_size,
         compiled=arguments.compile,
+        softmax=not arguments.no_sdpa,
         all_backends=not arguments.fewer,
-        seed=arguments.seed,
+        **{name: getattr(arguments, name) for name in (*same, "public", "seed")},
     )
     how = {name: getattr(arguments, name) for name in ("rounds", "warmup", "seconds")}
     measured = [measure_operator(tokens, device, settings, **how) for tokens in arguments.tokens]
@@ -154,9 +166,7 @@ def _run_operator(arguments: argparse.Namespace, device: torch.device) -> Outcom
         "subject": "operator",
         "dtype": arguments.dtype,
         "batch": settings.batch,
-        "heads": settings.heads,
-        "head_dim": settings.head_dim,
-        "kernel_size": settings.kernel_size,
+        **{name: getattr(settings, name) for name in same},
         "copy_bytes_per_second": bandwidth,
         "tokens": measured,
         "environment": environment(device),

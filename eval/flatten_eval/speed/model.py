@@ -41,6 +41,7 @@ class ThroughputOptions:
         rounds, warmup, seconds: see `timing.measure`; `seconds` is per size.
         compiled: also measure under torch.compile.
         all_backends: every softmax backend and the readable reference, not just the usual ones.
+        memory: also look for the peak, with one more call of each.
         compression: pixels per latent, along one side.
     """
 
@@ -52,6 +53,7 @@ class ThroughputOptions:
     seconds: float = 120.0
     compiled: bool = False
     all_backends: bool = True
+    memory: bool = True
     compression: int = 8
     seed: int = 0
 
@@ -71,7 +73,8 @@ def measure_model(
         adapter: the handle, where the model is converted already.
 
     Returns:
-        One JSON-ready dictionary per size: `height`, `width`, and `variants` by name. A variant that cannot run holds
+        One JSON-ready dictionary per size: `height`, `width`, `variants` by name, and under
+        `min_tokens="auto"` what became of each of `layers`. A variant that cannot run holds
         its reason under `failure`.
     """
     refusal: str | None = None
@@ -119,12 +122,15 @@ def _measure_size(
         with settings.patch(recompile_limit=8 * len(runnable) + 8):
             measured = measure(
                 runnable, device, rounds=options.rounds, warmup=options.warmup, seconds=options.seconds,
-                label="{1}x{0}".format(*size),
+                memory=options.memory, label="{1}x{0}".format(*size),
             )  # fmt: skip
         if options.compiled:
             torch.compiler.reset()
     measured |= {name: Measurement(failure=reason) for name, reason in failures.items()}
-    return {"height": size[0], "width": size[1], "variants": _rates(measured, options)}
+    row: dict[str, Any] = {"height": size[0], "width": size[1], "variants": _rates(measured, options)}
+    if adapter is not None and adapter.config.min_tokens == "auto":  # then each size has its own
+        row["layers"] = {layer.name: layer.reason for layer in adapter.report().converted}
+    return row
 
 
 def _candidates(
