@@ -34,7 +34,8 @@ operator() { # heads head_dim tokens...
   local heads=$1 head_dim=$2
   shift 2
   step "operator_h${heads}d${head_dim}" "${throughput[@]}" --op --batch-size 2 --rounds 20 --warmup 3 \
-    --heads "$heads" --head-dim "$head_dim" --feature-maps --window 8 --public --tokens "$@" --json "$output/operator_h${heads}d${head_dim}.json"
+    --heads "$heads" --head-dim "$head_dim" --feature-maps --window 8 --public --tokens "$@" \
+    --json "$output/operator_h${heads}d${head_dim}.json"
 }
 
 for part in $steps; do

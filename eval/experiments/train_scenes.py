@@ -30,13 +30,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from flatten_diffusion.distill.diffusion import Diffusion
+from flatten_diffusion.distill.equal_tokens import CountedLastKey
 from flatten_diffusion.files import atomic_path, write_json
 from flatten_diffusion.scenes.check import fact_accuracy
 from flatten_diffusion.scenes.grammar import sample_captions
@@ -44,7 +45,6 @@ from flatten_diffusion.scenes.latents import picture_latents
 from flatten_diffusion.scenes.render import render
 
 from .scenes_build import ARCHITECTURES, build_pipeline, export_pipeline, start_from
-from .scenes_denoiser import JointDenoiser, UNetDenoiser, denoiser_of
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -116,6 +116,56 @@ def render_batches(captions: list[str], size: int, batch: int, seed: int) -> Ite
                 pending = []
         if pending:
             yield torch.from_numpy(np.stack(pending)).permute(0, 3, 1, 2)
+
+
+T5_TOKENS = 256
+"""Tokens that StableDiffusion3Pipeline reserves for a T5 encoder, all zero when there is none."""
+
+
+class UNetDenoiser(torch.nn.Module):
+    """The text encoder and the UNet of a StableDiffusionPipeline."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline) -> None:
+        super().__init__()
+        self.text_encoder, self.denoiser = pipeline.text_encoder, pipeline.unet
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Noisy latents [B, C, h, w], timesteps [B] and prompts' token numbers [B, T] -> prediction [B, C, h, w]."""
+        prompt = self.text_encoder(tokens)[0]
+        prediction: torch.Tensor = self.denoiser(noisy, timesteps, encoder_hidden_states=prompt).sample
+        return prediction
+
+
+class JointDenoiser(torch.nn.Module):
+    """Both text encoders and the transformer of a StableDiffusion3Pipeline without T5.
+
+    The tokens that stand for T5 are one that counts as often, see `flatten_diffusion.distill.equal_tokens`.
+    """
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
+        super().__init__()
+        self.text_encoder, self.text_encoder_2 = pipeline.text_encoder, pipeline.text_encoder_2
+        self.denoiser = pipeline.transformer
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Noisy latents [B, C, h, w], timesteps [B] and prompts' token numbers [B, T] -> prediction [B, C, h, w]."""
+        outputs = [encoder(tokens, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
+        prompt = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
+        counts = torch.full((len(tokens),), T5_TOKENS, device=tokens.device)
+        with CountedLastKey(counts):
+            prediction: torch.Tensor = self.denoiser(
+                hidden_states=noisy,
+                timestep=timesteps,
+                encoder_hidden_states=F.pad(prompt, (0, 0, 0, 1)),
+                pooled_projections=pooled,
+            ).sample
+        return prediction
+
+
+def denoiser_of(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline) -> UNetDenoiser | JointDenoiser:
+    """The module that training optimises."""
+    return JointDenoiser(pipeline) if isinstance(pipeline, StableDiffusion3Pipeline) else UNetDenoiser(pipeline)
 
 
 class Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code (argparse itself exits with 2 on wrong use)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = build_parser(argv).parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         if arguments.json not in ("-", None):
             require_writable(Path(arguments.json))

@@ -49,8 +49,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As UTF-8, whole or not at all."""
-    write_bytes(path, text.encode())
+    """As UTF-8, whole or not at all; what has no UTF-8 (of a file's name, say) as an escape, which JSON reads back."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -69,7 +69,7 @@ def create_json(path: Path, value: Any) -> bool:
     with _told(path):
         try:
             with files.atomic_path(path) as temporary:
-                temporary.write_text(to_json(value) + "\n", encoding="utf-8")
+                temporary.write_text(to_json(value) + "\n", encoding="utf-8", errors="backslashreplace")
                 os.link(temporary, path)
         except FileExistsError:
             return False

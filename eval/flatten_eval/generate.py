@@ -212,10 +212,10 @@ def generate(
             batch = jobs[start:end]
             missing = [job for job in batch if not _is_done(output / job.file, settings, job)]
             if missing:
-                pictures = run_batch(pipeline, settings, batch)
-                for job, picture in zip(batch, pictures, strict=True):
+                drawn = run_batch(pipeline, settings, batch)
+                for job, pixels in zip(batch, drawn, strict=True):
                     if job in missing:
-                        _write_png(output / job.file, picture, settings, job)
+                        _write_png(output / job.file, pixels, settings, job)
                         made += 1
             bar.update(end - start)
     processes.wait()
@@ -228,7 +228,7 @@ def run_batch(pipeline: Any, settings: GenerationSettings, batch: Sequence[Job])
     """Runs the pipeline once; uint8 [H, W, 3] per job.
 
     Raises:
-        InputError: a picture is NaN or infinite, or the device is out of memory.
+        InputError: an image is NaN or infinite, or the device is out of memory.
     """
     accepted = call_parameters(pipeline)
     arguments: dict[str, Any] = {
@@ -262,13 +262,13 @@ def run_batch(pipeline: Any, settings: GenerationSettings, batch: Sequence[Job])
     for job, bad in zip(batch, flagged or [False] * len(batch), strict=True):
         if bad:
             logger.warning(f"{job.file}: blacked out by the pipeline's safety checker; it will distort every metric")
-    return [_to_uint8(np.asarray(picture), job, settings) for picture, job in zip(output.images, batch, strict=True)]
+    return [_to_uint8(np.asarray(image), job, settings) for image, job in zip(output.images, batch, strict=True)]
 
 
-def _to_uint8(picture: np.ndarray[Any, Any], job: Job, settings: GenerationSettings) -> Pixels:
-    if not np.isfinite(picture).all():
-        raise InputError(f"{job.file}: the picture is not finite in {settings.dtype}; try --dtype float32 or bfloat16")
-    pixels: Pixels = np.rint(picture.astype(np.float64).clip(0, 1) * 255).astype(np.uint8)
+def _to_uint8(image: np.ndarray[Any, Any], job: Job, settings: GenerationSettings) -> Pixels:
+    if not np.isfinite(image).all():
+        raise InputError(f"{job.file}: the image is not finite in {settings.dtype}; try --dtype float32 or bfloat16")
+    pixels: Pixels = np.rint(image.astype(np.float64).clip(0, 1) * 255).astype(np.uint8)
     return pixels
 
 
@@ -276,11 +276,12 @@ def _image_settings(settings: GenerationSettings, job: Job) -> dict[str, Any]:
     return asdict(settings) | {"prompt": job.prompt, "seed": job.seed, "generator_seed": job.generator_seed}
 
 
-def _write_png(path: Path, picture: Pixels, settings: GenerationSettings, job: Job) -> None:
+def _write_png(path: Path, pixels: Pixels, settings: GenerationSettings, job: Job) -> None:
     information = PngImagePlugin.PngInfo()
-    information.add_itxt(SETTINGS_KEY, json.dumps(_image_settings(settings, job), ensure_ascii=False))
+    text = json.dumps(_image_settings(settings, job), ensure_ascii=False)
+    information.add_itxt(SETTINGS_KEY, text.encode("utf-8", "backslashreplace"))
     with replacing(path) as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG", pnginfo=information)
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=information)
 
 
 def _is_done(path: Path, settings: GenerationSettings, job: Job) -> bool:

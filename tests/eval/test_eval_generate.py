@@ -286,7 +286,7 @@ def test_a_picture_of_nan_is_refused(tiny_pipeline: Path, prompts: Path, tmp_pat
     pipeline = load_pipeline(str(tiny_pipeline), dtype="float32", device=CPU, offline=True)
     pipeline.vae.decoder.conv_out.bias.data.fill_(float("nan"))
     settings = generate.GenerationSettings(pipeline="x", steps=1)
-    with pytest.raises(InputError, match="000000-0.png: the picture is not finite in float32"):
+    with pytest.raises(InputError, match="000000-0.png: the image is not finite in float32"):
         generate.generate(pipeline, settings, generate.make_jobs(["a"], [0]), tmp_path, Processes(0, 1, CPU))
 
 

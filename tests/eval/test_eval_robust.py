@@ -184,6 +184,22 @@ def test_nothing_written_names_a_folder_of_this_machine(
     assert shown_name(tiny_pipeline) == tiny_pipeline.name and shown_name("org/model") == "org/model"
 
 
+def test_names_that_are_no_text_do_not_matter(
+    tiny_pipeline: Path, tmp_path: Path, run_json: Run, run_error: Fail
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a\n")
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    arguments = ("--prompts", tmp_path / "prompts.txt", "--steps", 1, "--output", out)
+    for made in (1, 0):
+        assert run_json("generate", tiny_pipeline, *arguments)["made"] == made
+    assert run_error("generate", tiny_pipeline, *arguments[:-1], tmp_path / "o", "--negative-prompt", "\udcff")[0] == 2
+    done = subprocess.run(
+        command_line("generate", tiny_pipeline, *arguments, "--device", "cpu", "--offline"),
+        cwd=ROOT, env=child_environment() | {"PYTHONIOENCODING": "utf-8"}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and b"caf\\udce9: 1 images, 0 made now" in done.stdout, done.stderr
+
+
 def test_pipelines_of_one_name_do_not_mix(tiny_pipeline: Path, tmp_path: Path, run_json: Run, run_error: Fail) -> None:
     (tmp_path / "prompts.txt").write_text("a\n")
     arguments = ("--prompts", tmp_path / "prompts.txt", "--steps", 1, "--output", tmp_path / "out")

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("transformers", minversion="5", reason="the tokenizer is built with transformers 5")
 
 from eval.experiments.scenes_build import build_pipeline, start_from
-from eval.experiments.scenes_denoiser import T5_TOKENS, JointDenoiser, denoiser_of
+from eval.experiments.train_scenes import T5_TOKENS, JointDenoiser, denoiser_of
 from flatten_diffusion.scenes import PIPELINE_DIR
 
 CAPTIONS = ["a red circle on a white background", "two blue stars on a navy background"]

@@ -1,4 +1,4 @@
-"""A feature that needs no weights: the picture's colours on a coarse grid. For quick looks; never called FID."""
+"""A feature that needs no weights: the image's colours on a coarse grid. For quick looks; never called FID."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def edges(images: torch.Tensor) -> torch.Tensor:
     filters = torch.randn(32, 3, 5, 5, generator=generator)
     filters -= filters.mean(dim=(1, 2, 3), keepdim=True)
     filters /= filters.flatten(1).norm(dim=1)[:, None, None, None]
-    pictures = images.float() / 255
+    pixels = images.float() / 255
     answers = []
     for _ in range(2):
-        answer = F.conv2d(pictures, filters.to(pictures.device)).abs()
+        answer = F.conv2d(pixels, filters.to(pixels.device)).abs()
         answers.append(answer.mean(dim=(2, 3)).sqrt())
         # Compression silences weak answers and hardly moves the mean: the logarithm sees them.
         answers.append((answer + 1e-3).log().mean(dim=(2, 3)) / 5)
-        pictures = F.avg_pool2d(pictures, 2)
+        pixels = F.avg_pool2d(pixels, 2)
     return torch.cat(answers, dim=1)

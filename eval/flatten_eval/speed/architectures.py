@@ -129,7 +129,7 @@ def check_size(model: Any, height: int, width: int, compression: int = 8) -> Non
 
 
 def make_inputs(model: Any, height: int, width: int, batch: int, seed: int, compression: int = 8) -> Inputs:
-    """Random keyword inputs of one forward pass for a picture of height x width pixels.
+    """Random keyword inputs of one forward pass for an image of height x width pixels.
 
     Args:
         batch: samples in the forward pass (guidance counted).

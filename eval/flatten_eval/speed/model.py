@@ -234,7 +234,7 @@ def _rates(measured: dict[str, Measurement], options: ThroughputOptions) -> dict
 
 
 def crossover(results: Sequence[dict[str, Any]], suffix: str = "") -> dict[str, Any]:
-    """The picture side, in pixels, from which the conversion is faster than SDPA.
+    """The side of an image, in pixels, from which the conversion is faster than SDPA.
 
     Args:
         results: of `measure_model`.
