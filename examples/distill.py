@@ -513,8 +513,8 @@ def distil(args: argparse.Namespace) -> None:
             raise
         if accelerator.is_main_process:
             save_results(args, good.adapter, {**summarise(good.progress), "diverged": str(error)})
-        where = f"{good.progress.stage} step {good.progress.step}"
-        raise FloatingPointError(f"{error} {args.output_dir} holds the adapter as of {where}.") from error
+        kept = f"{args.output_dir} holds the adapter as of {good.progress.where}"
+        raise FloatingPointError(f"{error} {kept}.") from error
     adapter = distiller.adapter
     if accelerator.is_main_process:
         save_results(args, adapter, summarise(progress))

@@ -1,26 +1,29 @@
-"""Numbers checked where they come in."""
+"""Numbers of settings, checked where they come in."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import field, fields
 from typing import Any
 
 
-def check_numbers(settings: Any, **bounds: tuple[float, float]) -> None:
-    """Check fields of a dataclass against (lowest, highest); whole numbers where both are.
+def number(default: Any, low: float, high: float) -> Any:
+    """A dataclass field that `check_numbers` holds between `low` and `high`; a whole number where both are."""
+    return field(default=default, metadata={"bounds": (low, high)})
 
-    None passes where the field's annotation says so.
+
+def check_numbers(settings: Any) -> None:
+    """Check the fields of a dataclass that are made by `number`; None passes where the annotation says so.
 
     Raises:
         ValueError: another type, NaN, or out of bounds; names the field.
     """
-    optional = {field.name for field in fields(settings) if "None" in str(field.type)}
-    for name, (low, high) in bounds.items():
-        value = getattr(settings, name)
-        if value is None and name in optional:
+    for part in fields(settings):
+        value = getattr(settings, part.name)
+        if "bounds" not in part.metadata or (value is None and "None" in str(part.type)):
             continue
-        whole = isinstance(low, int) and isinstance(high, int)
+        low, high = part.metadata["bounds"]
+        whole = isinstance(low, int)
         fits = isinstance(value, int) or (isinstance(value, float) and not whole)
         if not fits or isinstance(value, bool) or not low <= value <= high:
             kind = "whole number" if whole else "number"
-            raise ValueError(f"{name} is {str(value)[:40]}: pass a {kind} from {low} to {high}.")
+            raise ValueError(f"{part.name} is {str(value)[:40]}: pass a {kind} from {low} to {high}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from ..files import parse_json, read_header, read_tensors, sha256_of_tensors, write_tensors
 from ..images import to_rgb
 from ..mixers import Mixer
-from .bounds import check_numbers
-from .buckets import LARGEST_SIDE, Size, nearest_bucket, to_pixels
+from .bounds import check_numbers, number
+from .buckets import Size, check_sizes, nearest_bucket, parse_sizes, to_pixels
 from .conditioning import Conditioning, encode_null, encode_prompts, encode_shared, family_of
 from .denoiser_call import sampling_shift
 from .identity import component_digest, pipeline_settings
@@ -45,24 +45,15 @@ class CacheSettings:
     """
 
     buckets: tuple[Size, ...]
-    draw_steps: int = 20
-    guidance_scale: float = 3.0
-    seed: int = 0
-    shard_size: int = 256
-    batch_size: int = 8
+    draw_steps: int = number(20, 1, 1000)
+    guidance_scale: float = number(3.0, 0.0, 1000.0)
+    seed: int = number(0, 0, 2**32 - 1)
+    shard_size: int = number(256, 1, 2**20)
+    batch_size: int = number(8, 1, 2**16)
 
     def __post_init__(self) -> None:
-        sides = [side for size in self.buckets for side in size]
-        if not sides or min(sides) < 1 or max(sides) > LARGEST_SIDE:
-            raise ValueError(f"buckets are {str(self.buckets)[:80]}: pass sides from 1 to {LARGEST_SIDE} pixels.")
-        check_numbers(
-            self,
-            draw_steps=(1, 1000),
-            guidance_scale=(0.0, 1000.0),
-            seed=(0, 2**32 - 1),
-            shard_size=(1, 2**20),
-            batch_size=(1, 2**16),
-        )
+        check_numbers(self)
+        check_sizes(self.buckets or ((0, 0),), 1)
 
 
 class LatentCache(Dataset[dict[str, torch.Tensor]]):
@@ -95,9 +86,9 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         for key, tensor in null.items():
             bucket, _, name = key.partition("/")
             if name == _SHIFT:
-                self.shifts[_size(bucket)] = tensor.item()
+                self.shifts[parse_sizes(bucket)[0]] = tensor.item()
             else:
-                self.null.setdefault(_size(bucket), {})[name] = tensor
+                self.null.setdefault(parse_sizes(bucket)[0], {})[name] = tensor
         self.identity = sha256_of_tensors(null, " ".join(digests))
 
     def _add(self, path: Path) -> str:
@@ -113,7 +104,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         self.broken += parse_json(broken, str(path))
         for _, bucket, row in sorted(rows):
             self._rows.append((path, bucket, row))
-            self.sizes.append(_size(bucket))
+            self.sizes.append(parse_sizes(bucket)[0])
         return checksum
 
     def __len__(self) -> int:
@@ -191,13 +182,14 @@ def build_cache(
         folder.mkdir(parents=True, exist_ok=True)
         _write_null(pipeline, model, folder, settings)
     wait()
-    starts = range(0, len(examples), settings.shard_size)
-    mine = [(number, start) for number, start in enumerate(starts) if number % num_processes == process_index]
-    missing = [(number, start) for number, start in mine if not _is_whole(folder / _shard_name(number))]
-    bar = tqdm(missing, desc="caching latents", unit="shard", disable=process_index != 0 or not missing)
-    for number, start in bar:
-        part = list(enumerate(examples[start : start + settings.shard_size], start=start))
-        _write_shard(pipeline, model, part, folder / _shard_name(number), settings)
+    numbered, length = list(enumerate(examples)), settings.shard_size
+    shards = {
+        folder / f"shard-{start // length:05d}.safetensors": numbered[start : start + length]
+        for start in range(process_index * length, len(examples), num_processes * length)
+    }
+    missing = [path for path in shards if not _is_whole(path)]
+    for path in tqdm(missing, desc="caching latents", unit="shard", disable=process_index != 0 or not missing):
+        _write_shard(pipeline, model, shards[path], path, settings)
     wait()
     cache = LatentCache(folder)
     if cache.broken and process_index == 0:
@@ -228,7 +220,7 @@ def _write_null(pipeline: Any, model: nn.Module, folder: Path, settings: CacheSe
         shift = sampling_shift(pipeline, model, size)
         if shift is not None:
             null[_SHIFT] = torch.tensor(shift, dtype=torch.float64)
-        tensors.update({f"{_name(size)}/{name}": tensor for name, tensor in null.items()})
+        tensors.update({f"{size[0]}x{size[1]}/{name}": tensor for name, tensor in null.items()})
     write_tensors(path, tensors)
 
 
@@ -236,55 +228,50 @@ def _write_shard(
     pipeline: Any, model: nn.Module, part: list[tuple[int, Example]], path: Path, settings: CacheSettings
 ) -> None:
     broken: list[str] = []
-    columns: dict[str, list[torch.Tensor]] = {}
-    for size, numbered, latents in _latent_batches(pipeline, model, part, settings, broken):
-        captions = [example.caption for _, example in numbered]
-        tensors = {_LATENTS: latents, **encode_prompts(pipeline, model, captions, size)}
-        tensors[_INDEX] = torch.tensor([index for index, _ in numbered])
-        for name, tensor in tensors.items():
-            columns.setdefault(f"{_name(size)}/{name}", []).append(tensor)
-    tensors = {name: _compact(torch.cat(rows)) for name, rows in columns.items()}
-    write_tensors(path, tensors, json.dumps(broken))
-
-
-def _latent_batches(
-    pipeline: Any, model: nn.Module, part: list[tuple[int, Example]], settings: CacheSettings, broken: list[str]
-) -> Iterator[tuple[Size, list[tuple[int, Example]], torch.Tensor]]:
-    """(size, numbered examples, their latents), a batch at a time; unreadable pictures are named in `broken`."""
-    grouped: dict[Size, list[tuple[tuple[int, Example], torch.Tensor | None]]] = {}
+    grouped: dict[Size, list[tuple[int, Example, torch.Tensor | None]]] = {}
     for index, example in part:
-        if example.open is None:
-            size = settings.buckets[index % len(settings.buckets)]
-            grouped.setdefault(size, []).append(((index, example), None))
-            continue
         try:
-            with example.open() as image:
-                picture = to_rgb(image)
-            size = nearest_bucket((picture.height, picture.width), settings.buckets)
-            pixels = to_pixels(picture, size)
+            size, pixels = _size_and_pixels(example, index, settings.buckets)
         except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, struct.error, its own
             broken.append(f"{example.name}: {str(error)[:200]}")
             continue
-        grouped.setdefault(size, []).append(((index, example), pixels))
+        grouped.setdefault(size, []).append((index, example, pixels))
+    columns: dict[str, list[torch.Tensor]] = {}
     for size, members in grouped.items():
         for start in range(0, len(members), settings.batch_size):
             batch = members[start : start + settings.batch_size]
-            numbered = [member for member, _ in batch]
-            pixels_of = [pixels for _, pixels in batch if pixels is not None]
-            if pixels_of:
-                latents = encode_pictures(pipeline, torch.stack(pixels_of))
-            else:
-                seeds = [settings.seed + index for index, _ in numbered]
-                captions = [example.caption for _, example in numbered]
-                latents = draw_latents(
-                    pipeline, model, captions, seeds, size, settings.draw_steps, settings.guidance_scale
-                )
+            latents = _latents(pipeline, model, batch, size, settings)
             finite = latents.flatten(1).isfinite().all(1)
-            judged = list(zip(numbered, finite.tolist(), strict=True))
-            broken += [f"{member[1].name}: its latents are not finite" for member, whole in judged if not whole]
-            kept = [member for member, whole in judged if whole]
-            if kept:
-                yield size, kept, latents[finite]
+            broken += [f"{batch[row][1].name}: its latents are not finite" for row in (~finite).nonzero().flatten()]
+            tensors = {_LATENTS: latents, _INDEX: torch.tensor([index for index, _, _ in batch])}
+            tensors.update(encode_prompts(pipeline, model, [example.caption for _, example, _ in batch], size))
+            for name, tensor in tensors.items():
+                columns.setdefault(f"{size[0]}x{size[1]}/{name}", []).append(tensor[finite])
+    write_tensors(path, {name: _compact(torch.cat(rows)) for name, rows in columns.items()}, json.dumps(broken))
+
+
+def _size_and_pixels(example: Example, index: int, buckets: Sequence[Size]) -> tuple[Size, torch.Tensor | None]:
+    """The bucket that an example goes to, and its picture, None where the teacher draws it."""
+    if example.open is None:
+        return buckets[index % len(buckets)], None
+    with example.open() as image:
+        picture = to_rgb(image)
+    size = nearest_bucket((picture.height, picture.width), buckets)
+    return size, to_pixels(picture, size)
+
+
+def _latents(
+    pipeline: Any,
+    model: nn.Module,
+    batch: list[tuple[int, Example, torch.Tensor | None]],
+    size: Size,
+    settings: CacheSettings,
+) -> torch.Tensor:
+    pictures = [pixels for _, _, pixels in batch if pixels is not None]
+    if pictures:
+        return encode_pictures(pipeline, torch.stack(pictures))
+    captions, seeds = [example.caption for _, example, _ in batch], [settings.seed + index for index, _, _ in batch]
+    return draw_latents(pipeline, model, captions, seeds, size, settings.draw_steps, settings.guidance_scale)
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
@@ -304,16 +291,3 @@ def _is_whole(path: Path) -> bool:
         logger.warning(f"{error}: it is made again.")
         return False
     return True
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
-
-
-def _name(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
-
-
-def _size(name: str) -> Size:
-    height, _, width = name.partition("x")
-    return int(height), int(width)

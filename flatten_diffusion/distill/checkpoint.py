@@ -36,7 +36,7 @@ def save_checkpoint(
     for left in root.glob(".checkpoint-*.tmp"):  # of whatever step
         sweep(root / left.name[1:].partition(".")[0])
     with atomic_path(target, folder=True) as partial:
-        write_tensors(partial / _FILE, tensors, json.dumps(state, allow_nan=False))
+        write_tensors(partial / _FILE, tensors, json.dumps(state))
     if limit is not None:
         for old in list_checkpoints(root)[:-limit]:
             shutil.rmtree(old)
@@ -53,7 +53,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read one checkpoint folder. Raises OSError when it is incomplete or damaged."""
     file = Path(path) / _FILE
     tensors, state = read_tensors(file)
-    return Checkpoint(tensors, parse_json(state, str(file)))
+    return Checkpoint(tensors, parse_json(state, str(file), constant=float))
 
 
 def load_latest(folder: str | Path) -> Checkpoint | None:

@@ -1,7 +1,7 @@
 """What each denoiser is conditioned on: how prompts become tensors, and how tensors become the model's arguments.
 
-One row of `FAMILIES` per model class. To add one, write its two functions and the row. A class without one is fed as
-its pipeline feeds it (see `denoiser_call`).
+One row of `FAMILIES` per model class. To add one, write how it encodes prompts, under the names of the model's own
+arguments, and the row. A class without one is fed as its pipeline feeds it (see `denoiser_call`).
 """
 
 from __future__ import annotations
@@ -9,13 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from diffusers.utils import logging
 from torch import nn
 
-from .denoiser_call import Conditioning, can_record, default_of, is_shared, record_rows, record_shared, replay
+from .denoiser_call import (
+    Conditioning,
+    can_record,
+    default_of,
+    is_shared,
+    record_rows,
+    record_shared,
+    replay,
+    sample_name,
+)
 from .equal_tokens import CountedLastKey, can_count, merge_zeros, repeat_last
 
 logger = logging.get_logger(__name__)
@@ -31,16 +41,12 @@ class Family:
     Attributes:
         encode: (pipeline, model, prompts, (height, width) in pixels) -> conditioning on CPU, one row per prompt; an
             empty prompt gives the unconditional row that the pipeline itself would use for guidance.
-        arguments: (model, conditioning) -> keyword arguments beside the noisy sample and the timestep.
-        sample: name of the noisy sample's argument.
         packed: the model takes 2 x 2 patches as tokens [B, h w / 4, 4 C] and positions beside them, as Flux does, and
             a timestep between 0 and 1.
         recorded: conditioning and layout are the pipeline's own, see `denoiser_call`; the teacher has to draw the data.
     """
 
     encode: Callable[[Any, Any, Sequence[str], tuple[int, int]], Conditioning]
-    arguments: Callable[[Any, Conditioning], dict[str, Any]]
-    sample: str = "sample"
     packed: bool = False
     recorded: bool = False
 
@@ -62,12 +68,6 @@ def _encode_stable_diffusion(pipeline: Any, model: Any, prompts: Sequence[str], 
     return {**conditioning, "encoder_hidden_states": embeddings, "text_embeds": pooled, "time_ids": time_ids}
 
 
-def _unet_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
-    arguments: dict[str, Any] = dict(conditioning)
-    added = {name: arguments.pop(name) for name in ("text_embeds", "time_ids") if name in arguments}
-    return {**arguments, "added_cond_kwargs": added} if added else arguments
-
-
 def _encode_pixart(pipeline: Any, model: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
     embeddings, mask, *_ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
     conditioning = {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
@@ -75,14 +75,6 @@ def _encode_pixart(pipeline: Any, model: Any, prompts: Sequence[str], size: tupl
         conditioning["resolution"] = torch.tensor([size], dtype=torch.float32).repeat(len(prompts), 1)
         conditioning["aspect_ratio"] = torch.full((len(prompts), 1), size[0] / size[1])
     return conditioning
-
-
-def _pixart_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
-    return {
-        "encoder_hidden_states": conditioning["encoder_hidden_states"],
-        "encoder_attention_mask": conditioning["encoder_attention_mask"],
-        "added_cond_kwargs": {name: conditioning.get(name) for name in ("resolution", "aspect_ratio")},
-    }
 
 
 def _encode_class(pipeline: Any, model: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
@@ -103,10 +95,6 @@ def _encode_unconditional(pipeline: Any, model: Any, prompts: Sequence[str], siz
     return _encode_class(pipeline, model, prompts, size) if model.config.num_class_embeds else {}
 
 
-def _as_they_are(model: Any, conditioning: Conditioning) -> dict[str, Any]:
-    return dict(conditioning)
-
-
 def _encode_joint(pipeline: Any, model: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
     embeddings, _, pooled, _ = pipeline.encode_prompt(
         list(prompts), prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
@@ -122,15 +110,8 @@ def _encode_flux(pipeline: Any, model: Any, prompts: Sequence[str], size: tuple[
     return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
 
-def _flux_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
-    embeddings = conditioning["encoder_hidden_states"]
-    guidance = None
-    if model.config.guidance_embeds:  # guidance is an input of such models: distilled where it is used
-        guidance = torch.full((len(embeddings),), _FLUX_GUIDANCE, device=embeddings.device)
-    text_positions = torch.zeros(embeddings.shape[1], 3, device=embeddings.device, dtype=embeddings.dtype)
-    return {**conditioning, "guidance": guidance, "txt_ids": text_positions}
-
-
+# What such conditioning is called by models, which take it as one dictionary.
+_ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 # The default of diffusers' FluxPipeline.
 _FLUX_GUIDANCE = 3.5
 # Settings of U-Nets that are fed as the row says; with others only their pipelines know what they are given.
@@ -142,12 +123,12 @@ _PLAIN = {
 }
 
 FAMILIES: dict[str, Family] = {
-    "UNet2DConditionModel": Family(_encode_stable_diffusion, _unet_arguments),
-    "UNet2DModel": Family(_encode_unconditional, _as_they_are),
-    "PixArtTransformer2DModel": Family(_encode_pixart, _pixart_arguments, sample="hidden_states"),
-    "DiTTransformer2DModel": Family(_encode_class, _as_they_are, sample="hidden_states"),
-    "SD3Transformer2DModel": Family(_encode_joint, _as_they_are, sample="hidden_states"),
-    "FluxTransformer2DModel": Family(_encode_flux, _flux_arguments, sample="hidden_states", packed=True),
+    "UNet2DConditionModel": Family(_encode_stable_diffusion),
+    "UNet2DModel": Family(_encode_unconditional),
+    "PixArtTransformer2DModel": Family(_encode_pixart),
+    "DiTTransformer2DModel": Family(_encode_class),
+    "SD3Transformer2DModel": Family(_encode_joint),
+    "FluxTransformer2DModel": Family(_encode_flux, packed=True),
 }
 
 
@@ -155,7 +136,7 @@ def _encode_recorded(pipeline: Any, model: Any, prompts: Sequence[str], size: tu
     return record_rows(pipeline, model, prompts, size)
 
 
-_RECORDED = Family(_encode_recorded, _as_they_are, recorded=True)
+_RECORDED = Family(_encode_recorded, recorded=True)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -205,16 +186,22 @@ def predict(
     if family.recorded:
         recorded: torch.Tensor = network(**replay(model, noisy.to(dtype), timesteps, inputs), return_dict=False)[0]
         return recorded
-    counted = _count_last_token(model, inputs)
-    arguments = {family.sample: noisy.to(dtype), "timestep": timesteps, **family.arguments(model, inputs)}
+    counted, grid = _count_last_token(model, inputs), (noisy.shape[-2] // 2, noisy.shape[-1] // 2)
+    added = {name: inputs.pop(name) for name in _ADDED if name in inputs}
+    arguments: dict[str, Any] = {**inputs, sample_name(model): noisy.to(dtype), "timestep": timesteps}
+    if added:
+        arguments["added_cond_kwargs"] = added
     if family.packed:
-        height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
-        arguments[family.sample] = pack_latents(arguments[family.sample])
-        arguments["img_ids"] = _positions(height, width).to(noisy.device, dtype)
+        text = inputs["encoder_hidden_states"]
+        arguments[sample_name(model)] = pack_latents(noisy.to(dtype))
         arguments["timestep"] = (timesteps / 1000).to(dtype)
+        arguments["img_ids"] = torch.cartesian_prod(*map(torch.arange, (1, *grid))).to(text)
+        arguments["txt_ids"] = text.new_zeros(text.shape[1], 3)
+        if cast(Any, model).config.guidance_embeds:  # an input of such models: distilled where it is used
+            arguments["guidance"] = torch.full((len(text),), _FLUX_GUIDANCE, device=text.device)
     with counted:
         output: torch.Tensor = network(**arguments, return_dict=False)[0]
-    return unpack_latents(output, (height, width)) if family.packed else output
+    return unpack_latents(output, grid) if family.packed else output
 
 
 def _count_last_token(model: nn.Module, inputs: Conditioning) -> AbstractContextManager[Any]:
@@ -231,19 +218,9 @@ def _count_last_token(model: nn.Module, inputs: Conditioning) -> AbstractContext
 
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:
     """[B, C, h, w] -> tokens [B, h w / 4, 4 C], one per 2 x 2 patch, row-major."""
-    batch, channels, height, width = latents.shape
-    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def unpack_latents(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Tokens [B, h w / 4, 4 C] on the `grid` (h / 2, w / 2) -> [B, C, h, w]; the inverse of `pack_latents`."""
-    batch, _, channels = tokens.shape
-    patches = tokens.reshape(batch, *grid, channels // 4, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * grid[0], 2 * grid[1])
-
-
-def _positions(height: int, width: int) -> torch.Tensor:
-    """[height * width, 3]: zero, row and column of each token."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2)

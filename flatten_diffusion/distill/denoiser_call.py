@@ -9,8 +9,7 @@ The latents stay in the layout that the denoiser takes, so only data that the te
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,15 +26,11 @@ _SCALARS = {"bool": bool, "int": int, "float": float}
 
 
 # What was found out by comparing calls, which takes two runs of the text encoders: names of the rows, and the rest.
-_layouts: WeakKeyDictionary[nn.Module, dict[Size, tuple[list[str], Conditioning]]] = WeakKeyDictionary()
+_layouts: WeakKeyDictionary[nn.Module, dict[str, tuple[list[str], Conditioning]]] = WeakKeyDictionary()
 
 
 class _Recorded(Exception):
     """Raised inside the denoiser to leave the pipeline's loop."""
-
-
-class _Cannot(ValueError):
-    """What keeps a pipeline from being recorded."""
 
 
 def can_record(model: nn.Module) -> bool:
@@ -76,7 +71,7 @@ def replay(
     factor, offset = conditioning[_TIMESTEP]
     flat = {name.removeprefix(SHARED): tensor for name, tensor in conditioning.items() if name != _TIMESTEP}
     arguments = _nest(flat)
-    arguments[_sample_name(model)] = noisy
+    arguments[sample_name(model)] = noisy
     timestep = _timestep_name(model)
     arguments[timestep] = (timesteps * factor + offset).to(arguments[timestep].dtype)
     return arguments
@@ -125,16 +120,16 @@ def default_of(pipeline: Any, name: str) -> Any:
 
 def _layout(pipeline: Any, model: nn.Module, size: Size) -> tuple[list[str], Conditioning]:
     """Names of what has a row per prompt, and the rest; found by comparing one prompt with two."""
-    known = _layouts.setdefault(model, {})
-    if size not in known:
-        known[size] = _find_layout(pipeline, model, size)
-    return known[size]
+    known, key = _layouts.setdefault(model, {}), f"{size} {pipeline.scheduler.config}"
+    if key not in known:
+        known[key] = _find_layout(pipeline, model, size)
+    return known[key]
 
 
 def _find_layout(pipeline: Any, model: nn.Module, size: Size) -> tuple[list[str], Conditioning]:
     first, second = _calls(pipeline, model, [""], size, 2)
     double = _calls(pipeline, model, ["", ""], size, 1)[0]
-    sample, timestep = _sample_name(model), _timestep_name(model)
+    sample, timestep = sample_name(model), _timestep_name(model)
     rows, shared = [], {}
     for name, tensor in first.items():
         if name == sample or name == timestep:
@@ -159,45 +154,34 @@ def _calls(
     pipeline: Any, model: nn.Module, prompts: Sequence[str], size: Size, count: int, steps: int = 2
 ) -> list[Conditioning]:
     """The denoiser's arguments in its first `count` calls, flat, on CPU; defaults left out."""
-    calls: list[Conditioning] = []
+    recorded: list[dict[str, Any]] = []
     names = _parameters(model)
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        flat: Conditioning = {}
-        for name, value in given.items():
-            parameter = names.get(name)
-            is_default = parameter is not None and value is parameter.default
-            if name == "return_dict" or value is None or is_default or (isinstance(value, dict) and not value):
-                continue
-            _flatten(module, name, value, flat)
-        calls.append(flat)
-        if len(calls) == count:
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorded.append({**dict(zip(names, args, strict=False)), **kwargs})
+        if len(recorded) == count:
             raise _Recorded
 
-    with _hooked(model, record):
-        try:
-            pipeline(**_options(pipeline, model, prompts, size, steps), generator=torch.Generator().manual_seed(0))
-        except _Recorded:
-            pass
-        except (TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, _Cannot):
-                raise
-            raise _cannot(model, f"{type(pipeline).__name__} fails on a prompt alone ({str(error)[:200]})") from error
-    if len(calls) < count:
-        raise _cannot(model, f"{type(pipeline).__name__} does not call it")
-    if any(len(call[_sample_name(model)]) != len(prompts) for call in calls):
-        raise _cannot(model, f"{type(pipeline).__name__} guides without being asked to")
-    return calls
-
-
-@contextmanager
-def _hooked(model: nn.Module, hook: Any) -> Iterator[None]:
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = model.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        yield
+        pipeline(**_options(pipeline, model, prompts, size, steps), generator=torch.Generator().manual_seed(0))
+    except _Recorded:
+        pass
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _cannot(model, f"{type(pipeline).__name__} fails on a prompt alone ({str(error)[:200]})") from error
     finally:
         handle.remove()
+    if len(recorded) < count:
+        raise _cannot(model, f"{type(pipeline).__name__} does not call it")
+    calls: list[Conditioning] = [{} for _ in recorded]
+    for flat, given in zip(calls, recorded, strict=True):
+        for name, value in given.items():
+            empty = value is None or (isinstance(value, dict) and not value)
+            if name != "return_dict" and not empty and not (name in names and value is names[name].default):
+                _flatten(model, name, value, flat)
+    if any(len(call[sample_name(model)]) != len(prompts) for call in calls):
+        raise _cannot(model, f"{type(pipeline).__name__} guides without being asked to")
+    return calls
 
 
 def _options(pipeline: Any, model: Any, prompts: Sequence[str], size: Size, steps: int) -> dict[str, Any]:
@@ -254,7 +238,8 @@ def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
     return parameters
 
 
-def _sample_name(model: nn.Module) -> str:
+def sample_name(model: nn.Module) -> str:
+    """The name of the noisy sample's argument."""
     return next(iter(_parameters(model)))
 
 
@@ -262,5 +247,5 @@ def _timestep_name(model: nn.Module) -> str:
     return "timestep" if "timestep" in _parameters(model) else "timesteps"
 
 
-def _cannot(model: nn.Module, reason: str) -> _Cannot:
-    return _Cannot(f"{type(model).__name__} cannot be distilled by recording its pipeline: {reason}.")
+def _cannot(model: nn.Module, reason: str) -> ValueError:
+    return ValueError(f"{type(model).__name__} cannot be distilled by recording its pipeline: {reason}.")

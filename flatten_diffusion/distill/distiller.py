@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from accelerate.utils import DistributedType
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 from ..adapter import Adapter
 from ..files import parse_json, write_text
 from ..mixers import PROJECTIONS
 from .batches import NoisyBatch, NoisyBatches
-from .bounds import check_numbers
+from .bounds import check_numbers, number
 from .cache import LatentCache
 from .calibrate import CalibrationSettings, calibrate
 from .checkpoint import Checkpoint, load_latest, save_checkpoint
@@ -47,13 +48,13 @@ class StageSettings:
         ValueError: a number out of range, or a schedule that does not exist or needs more than these numbers.
     """
 
-    steps: int
-    learning_rate: float
+    steps: int = number(MISSING, 0, 10**9)
+    learning_rate: float = number(MISSING, 1e-12, 10.0)
     lr_scheduler: str = "cosine"
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: int = number(0, 0, 10**9)
 
     def __post_init__(self) -> None:
-        check_numbers(self, steps=(0, 10**9), learning_rate=(1e-12, 10.0), lr_warmup_steps=(0, 10**9))
+        check_numbers(self)
         self.schedule()
 
     def schedule(self) -> Callable[[int], float]:
@@ -84,22 +85,22 @@ class DistillSettings:
     """
 
     stages: tuple[str, ...] = STAGES
-    seed: int = 0
-    train_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    caption_dropout: float = 0.1
-    max_grad_norm: float = 1.0
-    adam_weight_decay: float = 0.0
+    seed: int = number(0, 0, 2**32 - 1)
+    train_batch_size: int = number(16, 1, 2**16)
+    gradient_accumulation_steps: int = number(1, 1, 2**16)
+    caption_dropout: float = number(0.1, 0.0, 1.0)
+    max_grad_norm: float = number(1.0, 1e-9, 1e9)
+    adam_weight_decay: float = number(0.0, 0.0, 1.0)
     projections: tuple[str, ...] = PROJECTIONS
-    rank: int | None = 16
+    rank: int | None = number(16, 1, 2**12)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
-    calibration_batches: int = 12
-    evaluation_batches: int = 8
+    calibration_batches: int = number(12, 1, 2**16)
+    evaluation_batches: int = number(8, 1, 2**16)
     transfer: StageSettings = StageSettings(300, 3e-3)
     finetune: StageSettings = StageSettings(1000, 3e-4)
     weights: LossWeights = field(default_factory=LossWeights)
-    ema_decay: float | None = 0.99
-    patience: int = 5
+    ema_decay: float | None = number(0.99, 0.0, 0.999999)
+    patience: int = number(5, 1, 2**16)
 
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages if stage not in STAGES]
@@ -109,17 +110,7 @@ class DistillSettings:
         object.__setattr__(self, "projections", tuple(self.projections))
         if not set(self.projections) <= set(PROJECTIONS):
             raise ValueError(f"projections are {', '.join(self.projections)}: choose out of {', '.join(PROJECTIONS)}.")
-        counts = ("train_batch_size", "gradient_accumulation_steps", "calibration_batches", "evaluation_batches")
-        check_numbers(
-            self,
-            **dict.fromkeys((*counts, "patience"), (1, 2**16)),
-            seed=(0, 2**32 - 1),
-            rank=(1, 2**12),
-            caption_dropout=(0.0, 1.0),
-            max_grad_norm=(1e-9, 1e9),
-            adam_weight_decay=(0.0, 1.0),
-            ema_decay=(0.0, 0.999999),
-        )
+        check_numbers(self)
 
 
 @dataclass
@@ -134,19 +125,18 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON types, null for what is not finite; `from_json` is its inverse."""
-        gaps = {name: [_json_number(value) for value in astuple(gap)] for name, gap in self.gaps.items()}
-        return {**asdict(self), "gaps": gaps}
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.stage} step {self.step}"
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Progress:
-        gaps = {
-            name: Gap(*(math.nan if value is None else value for value in gap)) for name, gap in values["gaps"].items()
-        }
-        return cls(**{**values, "gaps": gaps})
+        """The inverse of dataclasses' `asdict`."""
+        return cls(**{**values, "gaps": {name: Gap(**gap) for name, gap in values["gaps"].items()}})
 
 
+@dataclass(eq=False, repr=False)
 class Distiller:
     """Brings a freshly converted model back to the quality of its original.
 
@@ -161,36 +151,31 @@ class Distiller:
         on_step: called after each optimizer step with (distiller, losses), for logging and validation.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        adapter: Adapter,
-        diffusion: Diffusion,
-        train: LatentCache,
-        held_out: LatentCache,
-        settings: DistillSettings,
-        *,
-        output_dir: Path | None = None,
-        checkpointing_steps: int = 500,
-        checkpoints_total_limit: int | None = 3,
-        dataloader_num_workers: int = 0,
-        on_step: Callable[[Distiller, dict[str, float]], None] | None = None,
-    ) -> None:
-        self.accelerator, self.adapter, self.diffusion, self.settings = accelerator, adapter, diffusion, settings
-        self.train, self.held_out = train, held_out
-        self.output_dir = output_dir
-        self.checkpointing_steps, self.checkpoints_total_limit = checkpointing_steps, checkpoints_total_limit
-        self.workers = dataloader_num_workers
-        self.on_step = on_step
+    accelerator: Accelerator
+    adapter: Adapter
+    diffusion: Diffusion
+    train: LatentCache
+    held_out: LatentCache
+    settings: DistillSettings
+    _: KW_ONLY
+    output_dir: Path | None = None
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = 3
+    dataloader_num_workers: int = 0
+    on_step: Callable[[Distiller, dict[str, float]], None] | None = None
+
+    def __post_init__(self) -> None:
         self.progress = Progress()
-        self.objective = Objective(adapter, adapter.model, diffusion, settings.weights)
+        self.objective = Objective(self.adapter, self.adapter.model, self.diffusion, self.settings.weights)
         self.optimizer: Any = None
         self.ema: EMAModel | None = None
-        self._sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self._sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self._evaluation: list[NoisyBatch] | None = None
         self._bad_in_a_row = 0
         # Now, while its weights are whole on each process.
-        self._teacher = "" if output_dir is None else component_digest(adapter.model, list(adapter.parameters()))
+        self._teacher = ""
+        if self.output_dir is not None:
+            self._teacher = component_digest(self.adapter.model, list(self.adapter.parameters()))
 
     # ---- the whole run ----
 
@@ -206,6 +191,8 @@ class Distiller:
         self._float_parameters()
         if "raw" not in self.progress.gaps:
             self.progress.gaps["raw"] = self.evaluate()
+            if not math.isfinite(self.progress.gaps["raw"].teacher):
+                raise FloatingPointError("The teacher's own loss is not finite: train in bfloat16 or float32.")
         for stage in self.settings.stages:
             if stage in self.progress.finished:
                 continue
@@ -296,7 +283,7 @@ class Distiller:
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.double() / len(batches)
         names = sorted(sums)
-        values = self._mean(torch.stack([sums[name].cpu() for name in names]))
+        values = self._sum(torch.stack([sums[name].cpu() for name in names])) / self.accelerator.num_processes
         finite = bool(values.isfinite().all())
         finite = finite and self._apply_gradients()
         if finite and self.ema is not None:
@@ -314,7 +301,7 @@ class Distiller:
         self._average_gradients()
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        norm = clip_grad_norm_(parameters, self.settings.max_grad_norm)
         if scaler is not None:  # skips an overflowing step itself, and lowers its scale
             scaler.step(self.optimizer)
             scaler.update()
@@ -385,27 +372,22 @@ class Distiller:
         if self._sharded or self.accelerator.num_processes == 1:
             return
         parameters = list(self.adapter.parameters())
-        # A layer that stayed softmax in this pass has none.
         for parameter in parameters:
-            if parameter.grad is None:
+            if parameter.grad is None:  # a layer that stayed softmax in this pass
                 parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
-        flat = self.accelerator.reduce(flat, reduction="mean")
-        sizes = [parameter.numel() for parameter in parameters]
-        for parameter, part in zip(parameters, flat.split(sizes), strict=True):
-            parameter.grad = part.reshape(parameter.shape)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = self.accelerator.reduce(parameters_to_vector(gradients), reduction="mean")
+        vector_to_parameters(flat, gradients)
 
     def _count_bad(self, bad: bool, batch: NoisyBatch) -> None:
         self._bad_in_a_row = self._bad_in_a_row + 1 if bad else 0
         if not bad:
             return
         self.progress.skipped += 1
-        where = f"{self.progress.stage} step {self.progress.step}"
-        logger.warning(f"{where}: the loss or a gradient is not finite; the step is skipped.")
+        logger.warning(f"{self.progress.where}: the loss or a gradient is not finite; the step is skipped.")
         if self._bad_in_a_row >= self.settings.patience:
-            raise FloatingPointError(
-                f"{where}: {self._bad_in_a_row} steps in a row without a finite loss: {self._diagnose(batch)}."
-            )
+            count = f"{self.progress.where}: {self._bad_in_a_row} steps in a row"
+            raise FloatingPointError(f"{count} without a finite loss: {self._diagnose(batch)}.")
 
     def _diagnose(self, batch: NoisyBatch) -> str:
         """The first thing that is not finite, and what to do about it."""
@@ -414,20 +396,15 @@ class Distiller:
                 return f"{name} is not finite; lower the learning rate and resume from an earlier checkpoint"
         if not batch.noisy.isfinite().all():
             return "the latents are not finite; delete the cache and check the pictures"
-        with self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast():
             if not self.objective.teacher(batch).isfinite().all():
                 return "the teacher's own prediction is not finite; train in bfloat16 or float32"
-            first = next(
-                (name for name, output in self._student_features(batch).items() if not output.isfinite().all()), None
-            )
-        if first is not None:
-            return f"{first} is the first layer with an output not finite; train in bfloat16 or lower the learning rate"
+            with FeatureTap(self.adapter) as tap:
+                self.objective.student(batch)
+        for name, output in tap.outputs.items():
+            if not output.isfinite().all():
+                return f"{name} is the first layer with an output not finite; {_REMEDY}"
         return "every output is finite, a gradient is not; lower the learning rate or max_grad_norm"
-
-    def _student_features(self, batch: NoisyBatch) -> dict[str, torch.Tensor]:
-        with torch.no_grad(), FeatureTap(self.adapter) as tap:
-            self.objective.student(batch)
-        return tap.outputs
 
     def _batches(self, cache: LatentCache, steps: range, stage: str) -> NoisyBatches:
         return NoisyBatches(
@@ -441,7 +418,7 @@ class Distiller:
             device=self.accelerator.device,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
-            num_workers=self.workers,
+            num_workers=self.dataloader_num_workers,
         )
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -449,9 +426,6 @@ class Distiller:
             return tensor
         total: torch.Tensor = self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
         return total.to(tensor.device)
-
-    def _mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._sum(tensor) / self.accelerator.num_processes
 
     # ---- records and checkpoints ----
 
@@ -467,29 +441,25 @@ class Distiller:
     def _save(self) -> None:
         """A checkpoint, unless the adapter is not finite, which is an error."""
         tensors = {f"adapter/{name}": _whole(tensor) for name, tensor in self.adapter.named_parameters()}
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                where = f"{self.progress.stage} step {self.progress.step}"
-                raise FloatingPointError(f"{where}: {name.removeprefix('adapter/')} is not finite: {_REMEDY}.")
+        bad = [name.removeprefix("adapter/") for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if bad:
+            raise FloatingPointError(f"{self.progress.where}: {bad[0]} is not finite: {_REMEDY}.")
         if self.output_dir is None:
             return
         tensors.update(self._optimizer_tensors())
         tensors.update({name: _whole(tensor) for name, tensor in self._averages().items()})
         scaler = self.accelerator.scaler
         state = {
-            "progress": self.progress.to_json(),
+            "progress": asdict(self.progress),
             "settings": self._fingerprint(),
             "adapter_config": self.adapter.config.to_dict(),
             "ema_steps": 0 if self.ema is None else self.ema.optimization_step,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.output_dir, self._checkpoint_number(), tensors, state, self.checkpoints_total_limit)
+        if self.accelerator.is_main_process:  # finished stages count as a step, so that each state has its own number
+            number = self.progress.total_steps + len(self.progress.finished)
+            save_checkpoint(self.output_dir, number, tensors, state, self.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
-
-    def _checkpoint_number(self) -> int:
-        """Optimizer steps of all stages so far; calibration counts as one, so that each state has its own number."""
-        return self.progress.total_steps + len(self.progress.finished)
 
     def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
         if self.optimizer is None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -547,10 +517,8 @@ class Distiller:
 
     def _cut_history(self) -> None:
         """Lines of steps that the checkpoint does not know will be written again."""
-        if self.output_dir is None or not self.accelerator.is_main_process:
-            return
-        path = self.output_dir / _HISTORY
-        if not path.is_file():
+        path = None if self.output_dir is None else self.output_dir / _HISTORY
+        if path is None or not path.is_file() or not self.accelerator.is_main_process:
             return
         kept = []
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):

