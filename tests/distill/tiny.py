@@ -21,8 +21,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from eval.experiments.scenes_build import build_tokenizer
 from flatten_diffusion.distill import CacheSettings, LatentCache, build_cache, prompts_as_examples
-from flatten_diffusion.scenes.build import build_tokenizer
 
 CAPTIONS = ("a red circle", "a blue square", "two green stars", "a cross", "a pink ring", "a mirrored pair")
 

@@ -12,7 +12,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-from eval import rope
+from eval.experiments import rope
 from flatten_diffusion import AdapterConfig, linearize, restore
 from flatten_diffusion.mixers import MixerSpec, create_mixer
 from flatten_diffusion.ops import focused_feature_map
