@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from accelerate.accelerator import Accelerator
 from torch import nn
 
-from flatten_diffusion import AdapterConfig, linearize, restore
-from flatten_diffusion.adapter import Adapter
-from flatten_diffusion.adapter.convert import projection_of, resolve_model
+from flatten_diffusion import AdapterConfig, FocusedLinearConfig, linearize, restore
+from flatten_diffusion.adapter import Adapter, resolve_model
 from flatten_diffusion.distill import (
     STAGES,
     CacheSettings,
@@ -40,18 +39,28 @@ from flatten_diffusion.distill import (
 from flatten_diffusion.distill.buckets import check_sizes
 from flatten_diffusion.distill.latents import pixels_per_token_step
 from flatten_diffusion.mixers import (
+    Context,
+    FocusedCalibration,
     FocusedLinearAttention,
+    LayerShape,
+    Mixed,
     Mixer,
-    MixerSpec,
+    MixerConfig,
     ProjectionDelta,
     register_mixer,
 )
+from flatten_diffusion.models import find_projection
 from flatten_diffusion.scenes.grammar import sample_captions
 from flatten_diffusion.scenes.render import render_folder
 from flatten_eval.errors import InputError
 from flatten_eval.files import write_json
 from flatten_eval.pipelines import load_pipeline
 from flatten_eval.versions import environment
+
+
+@dataclass(frozen=True)
+class EluMlpConfig(MixerConfig):
+    """`EluMlpAttention` has no settings."""
 
 
 @register_mixer("ablation_elu_mlp")
@@ -62,9 +71,12 @@ class EluMlpAttention(Mixer):
     first. No convolution.
     """
 
-    def __init__(self, spec: MixerSpec) -> None:
-        super().__init__(spec)
-        width = spec.heads * spec.head_dim
+    Config = EluMlpConfig
+    supports = frozenset({"frames", "images"})
+
+    def __init__(self, config: EluMlpConfig, layer: LayerShape) -> None:
+        super().__init__(config, layer)
+        width = layer.heads * layer.head_dim
         self.query_mlp, self.key_mlp = (
             nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)) for _ in range(2)
         )
@@ -72,35 +84,38 @@ class EluMlpAttention(Mixer):
             for parameter in mlp[2].parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Any = None, key_mask: Any = None
-    ) -> torch.Tensor:
-        """See `Mixer.forward`; no mask."""
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> Mixed:
+        """See `Mixer.forward`."""
         shape = query.shape
         mapped_query = F.elu((query.flatten(2) + self.query_mlp(query.flatten(2))).contiguous()).reshape(shape) + 1
         mapped_key = F.elu((key.flatten(2) + self.key_mlp(key.flatten(2))).contiguous()).reshape(key.shape) + 1
         state = torch.einsum("bmhd,bmhe->bhde", mapped_key, value) / key.shape[1]
         normalizer = torch.einsum("bnhd,bhd->bnh", mapped_query, mapped_key.mean(1)) + 1e-6
-        return torch.einsum("bnhd,bhde->bnhe", mapped_query, state) / normalizer[..., None]
+        return Mixed(torch.einsum("bnhd,bhde->bnhe", mapped_query, state) / normalizer[..., None])
+
+
+@dataclass(frozen=True)
+class MergedHeadsConfig(FocusedLinearConfig):
+    """Settings of the one head."""
 
 
 @register_mixer("ablation_merged_heads")
 class MergedHeads(Mixer):
     """Focused linear attention with all heads of a layer made one, the convolution over all its channels."""
 
-    def __init__(self, spec: MixerSpec) -> None:
-        super().__init__(spec)
-        merged = replace(spec, heads=1, head_dim=spec.heads * spec.head_dim)
-        self.attention = FocusedLinearAttention(merged)
-        self.uses_grid = self.attention.uses_grid
+    Config = MergedHeadsConfig
+    supports = frozenset({"mask", "frames", "images"})
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Any = None, key_mask: Any = None
-    ) -> torch.Tensor:
+    def __init__(self, config: MergedHeadsConfig, layer: LayerShape) -> None:
+        super().__init__(config, layer)
+        self.attention = FocusedLinearAttention(config, LayerShape(1, layer.heads * layer.head_dim, layer.channels))
+        self.needs = self.attention.needs
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> Mixed:
         """See `Mixer.forward`."""
         merged = (x.flatten(2).unsqueeze(2) for x in (query, key, value))
-        output: torch.Tensor = self.attention(*merged, grid, key_mask)
-        return output.reshape(query.shape)
+        output: torch.Tensor = self.attention(*merged, context).output
+        return Mixed(output.reshape(query.shape))
 
 
 @dataclass(frozen=True)
@@ -129,14 +144,14 @@ class Budget:
     data: tuple[LatentCache, LatentCache]
 
 
-_UNFOCUSED = CalibrationSettings(powers=(1.0,))
-_INHERITED = CalibrationSettings(shifts=(), pair_shifts=())
+_UNFOCUSED = CalibrationSettings(mixers=(FocusedCalibration(powers=(1.0,)),))
+_INHERITED = CalibrationSettings(mixers=(FocusedCalibration(shifts=(), pair_shifts=()),))
 VARIANTS = (
     Variant("focused + convolution (whole recipe)"),
     Variant("with windows of 8", {"window": 8}),
-    Variant("no convolution", {"kernel_size": 0}),
-    Variant("no focusing power", {"focusing_factor": 1.0}, {"calibration": _UNFOCUSED}),
-    Variant("plain relu: neither", {"focusing_factor": 1.0, "kernel_size": 0}, {"calibration": _UNFOCUSED}),
+    Variant("no convolution", {"mixer": FocusedLinearConfig(kernel_size=0)}),
+    Variant("no focusing power", {"mixer": FocusedLinearConfig(focusing_factor=1.0)}, {"calibration": _UNFOCUSED}),
+    Variant("plain relu: neither", {"mixer": FocusedLinearConfig(1.0, 0)}, {"calibration": _UNFOCUSED}),
     Variant("elu + 1 with MLPs (LinFusion)", {"mixer": "ablation_elu_mlp"}),
     Variant("all heads merged", {"mixer": "ablation_merged_heads"}),
     Variant("query and key fresh", {}, {"calibration": _INHERITED}, fresh=True),
@@ -153,7 +168,9 @@ def refresh(adapter: Adapter, seed: int) -> None:
     adapter.add_deltas(("q", "k", "v", "out"))
     for _, attn in adapter.attention_modules():
         for name in ("q", "k"):
-            weight = projection_of(attn, name).weight.detach()
+            projection = find_projection(attn, name)
+            assert projection is not None, "a UNet's layers have their own projections"
+            weight = projection.module(attn).weight.detach()
             new = torch.randn(weight.shape, generator=generator) * weight.std()
             delta = attn.flatten_mixer.deltas[name]
             assert isinstance(delta, ProjectionDelta)

@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,20 @@ from flatten_diffusion.distill import (
     NoisyBatch,
     NoisyBatches,
 )
+from flatten_diffusion.distill.capture import LayerCapture, capture_teacher
 from flatten_diffusion.distill.conditioning import LAST_TOKEN_COUNTS, predict
 from flatten_diffusion.distill.objective import relative_error
-from flatten_diffusion.distill.record import LayerCall, watch_teacher
-from flatten_diffusion.mixers import FocusedLinearAttention, MixerSpec, describe_grid, pictures_of, register_mixer
+from flatten_diffusion.mixers import (
+    Context,
+    FocusedLinearAttention,
+    FocusedLinearConfig,
+    LayerShape,
+    Mixed,
+    describe_grid,
+    pictures_of,
+    register_mixer,
+)
+from flatten_diffusion.mixers.parts.convolution import convolve
 from flatten_diffusion.ops import focused_feature_map
 from flatten_diffusion.ops.focused_linear.reference import NORMALIZER_EPS
 from flatten_eval.errors import InputError
@@ -92,6 +102,11 @@ def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1).flatten(-2)
 
 
+@dataclass(frozen=True)
+class FeaturesFirstConfig(FocusedLinearConfig):
+    """Settings of `FeaturesBeforeRotation`."""
+
+
 @register_mixer(FEATURES_FIRST)
 class FeaturesBeforeRotation(FocusedLinearAttention):
     """Focused linear attention whose features are made before the rotation and turned after it:
@@ -102,20 +117,22 @@ class FeaturesBeforeRotation(FocusedLinearAttention):
     Source: Su et al., "RoFormer", 2021, section 3.3, eq. 19.
     """
 
-    def __init__(self, spec: MixerSpec) -> None:
-        axes_of(spec.head_dim)
-        super().__init__(spec)
-        self.uses_grid = True
+    Config = FeaturesFirstConfig
+    supports = frozenset({"mask", "text", "window"})
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Any = None, key_mask: Any = None
-    ) -> torch.Tensor:
+    def __init__(self, config: FeaturesFirstConfig, layer: LayerShape) -> None:
+        axes_of(layer.head_dim)
+        super().__init__(config, layer)
+        self.needs = frozenset({"grid"})
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> Mixed:
         """See `Mixer.forward`; one picture of one frame. Raises ValueError for another grid."""
+        grid, key_mask = context.grid, context.key_mask
         pictures = [] if grid is None else pictures_of(grid)
-        if grid is None or len(pictures) != 1 or pictures[0][0] != 1 or self.group is not None:
+        if grid is None or len(pictures) != 1 or pictures[0][0] != 1:
             shown = "none" if grid is None else describe_grid(grid)
             raise ValueError(f"The grid is {shown}: this mixer knows the positions of one whole picture only.")
-        angle = angles(*pictures[0][1:], self.spec.head_dim)
+        angle = angles(*pictures[0][1:], self.layer.head_dim)
         dtype = torch.promote_types(query.dtype, torch.float32)
         # As the operator of the base: everything but the projections is computed in float32.
         with torch.autocast(query.device.type, enabled=False):
@@ -123,7 +140,7 @@ class FeaturesBeforeRotation(FocusedLinearAttention):
             if key_mask is not None:
                 key, values = (x.masked_fill(~key_mask[:, :, None, None], 0.0) for x in (key, values))
             query, key = self.map_features(rotate(query, -angle), rotate(key, -angle))
-            query, key = (focused_feature_map(x, self.spec.focusing_factor, self.scale) for x in (query, key))
+            query, key = (focused_feature_map(x, self.config.focusing_factor, self.scale) for x in (query, key))
             count = torch.full((len(key), 1, 1, 1), key.shape[1], dtype=dtype, device=key.device)
             if key_mask is not None:
                 key = key * key_mask[:, :, None, None]
@@ -133,8 +150,8 @@ class FeaturesBeforeRotation(FocusedLinearAttention):
             state = torch.einsum("bmhd,bmhe->bhde", rotate(key, angle) / count, values)
             output = torch.einsum("bnhd,bhde->bnhe", shares, state)
             if self.conv_weight is not None:
-                output = output + self._convolve(values, pictures, key_mask)
-        return output.to(value.dtype)
+                output = output + convolve(values, self.conv_weight, self.conv_bias, grid, key_mask)
+        return Mixed(output.to(value.dtype))
 
 
 # ---- a model with rotary embeddings ----
@@ -303,13 +320,13 @@ def layer_errors(adapter: Adapter, batches: Sequence[NoisyBatch]) -> dict[str, f
     teacher's, all layers given the teacher's inputs."""
     errors: dict[str, list[float]] = {}
 
-    def consume(call: LayerCall) -> None:
+    def consume(call: LayerCapture) -> None:
         rows = call.student_rows()
         assert rows is not None  # every layer is converted at every size
         errors.setdefault(call.name, []).append(relative_error(rows, call.rows).item())
 
     model = adapter.model
-    with torch.no_grad(), watch_teacher(adapter, consume):
+    with torch.no_grad(), capture_teacher(adapter, consume):
         for batch in batches:
             predict(model, model, batch.noisy, batch.timesteps, batch.conditioning)
     return {name: sum(values) / len(values) for name, values in errors.items()}

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +35,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, StableDiffus
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from flatten_diffusion.distill.diffusion import Diffusion
-from flatten_diffusion.distill.equal_tokens import CountedLastKey
 from flatten_diffusion.files import atomic_path, write_json
 from flatten_diffusion.scenes.check import fact_accuracy
 from flatten_diffusion.scenes.grammar import sample_captions
@@ -122,6 +123,24 @@ T5_TOKENS = 256
 """Tokens that StableDiffusion3Pipeline reserves for a T5 encoder, all zero when there is none."""
 
 
+class CountedLastKey(TorchFunctionMode):
+    """Within it, the last key of every scaled dot-product attention counts `counts` [B] times, for each sample."""
+
+    def __init__(self, counts: torch.Tensor) -> None:
+        super().__init__()
+        self.bias = counts.float().log().reshape(-1, 1, 1, 1)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        query, key, value, given = (*args, kwargs.pop("attn_mask", None))[:4]
+        if given is not None:
+            raise RuntimeError("A masked attention cannot count its last key: feed all tokens.")
+        mask = F.pad(self.bias.to(query.dtype), (key.shape[-2] - 1, 0))
+        return function(query, key, value, mask.expand(-1, -1, query.shape[-2], -1), *args[4:], **kwargs)
+
+
 class UNetDenoiser(torch.nn.Module):
     """The text encoder and the UNet of a StableDiffusionPipeline."""
 
@@ -139,7 +158,7 @@ class UNetDenoiser(torch.nn.Module):
 class JointDenoiser(torch.nn.Module):
     """Both text encoders and the transformer of a StableDiffusion3Pipeline without T5.
 
-    The tokens that stand for T5 are one that counts as often, see `flatten_diffusion.distill.equal_tokens`.
+    The tokens that stand for T5 are one that counts as often, see `CountedLastKey`.
     """
 
     def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:

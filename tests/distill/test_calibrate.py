@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-
-from flatten_diffusion import AdapterConfig, linearize, load_adapter, restore
-from flatten_diffusion.distill import CalibrationSettings, calibrate
 from flatten_diffusion.distill.measure import (
     Batch,
     patch_moments,
@@ -20,6 +17,9 @@ from flatten_diffusion.distill.measure import (
     weigh,
 )
 from flatten_diffusion.distill.record import LayerCall, MixerInputs, watch_teacher
+
+from flatten_diffusion import AdapterConfig, linearize, load_adapter, restore
+from flatten_diffusion.distill import CalibrationSettings, calibrate
 from flatten_diffusion.mixers import FocusedLinearAttention
 
 from ..models.tiny import Tiny, build

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from flatten_diffusion import linearize
 from flatten_diffusion.distill.maps import MapChoice, QueryKeyMoments, apply_maps, candidates, fold_map
 from flatten_diffusion.distill.record import LayerCall, MixerInputs, watch_teacher
+
+from flatten_diffusion import linearize
 
 from ..models.tiny import build
 

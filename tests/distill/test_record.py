@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flatten_diffusion.distill.record import FeatureTap, LayerCall, watch_teacher
 
 from flatten_diffusion import AdapterConfig, linearize
-from flatten_diffusion.distill.record import FeatureTap, LayerCall, watch_teacher
 
 from ..models.tiny import build, stir
 

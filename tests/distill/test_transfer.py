@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from flatten_diffusion.distill.record import FeatureTap
 
 from flatten_diffusion import AdapterConfig, linearize
 from flatten_diffusion.adapter import Adapter
 from flatten_diffusion.distill import transfer_step
-from flatten_diffusion.distill.record import FeatureTap
 
 from ..models.tiny import Tiny, build, stir
 

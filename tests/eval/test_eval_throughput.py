@@ -269,7 +269,7 @@ def test_a_measured_crossover_tells_what_became_of_each_layer(
     tiny_archs: None, run_json: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLATTEN_DIFFUSION_CACHE", str(tmp_path))
-    monkeypatch.setattr("flatten_diffusion.ops.crossover._time_ratio", lambda runs_at, side, device: 100 / side**2)
+    monkeypatch.setattr("flatten_diffusion.models.timing._time_ratio", lambda runs_at, side, device: 100 / side**2)
     found = run_json("throughput", "--arch", "sd15", "--sizes", 64, "--rounds", 1, "--fewer", "--min-tokens", "auto")
     assert found["min_tokens"] == "auto" and all("measured" in why for why in found["sizes"][0]["layers"].values())
 

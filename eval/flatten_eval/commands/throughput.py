@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flatten_diffusion import AdapterConfig
+from flatten_diffusion import AdapterConfig, FocusedLinearConfig
 
 from ..errors import InputError
 from ..files import require_writable, shown_name, write_bytes
@@ -91,7 +91,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
 def _run_model(arguments: argparse.Namespace, device: torch.device) -> Outcome:
     model, adapter, options = _subject(arguments, device)
-    config = AdapterConfig(**{name: getattr(arguments, name) for name in ("kernel_size", "window", "min_tokens")})
+    mixer = FocusedLinearConfig(kernel_size=arguments.kernel_size)
+    config = AdapterConfig(mixer=mixer, window=arguments.window, min_tokens=arguments.min_tokens)
     results = measure_model(model, sorted(arguments.sizes, key=math.prod), device, options, config, adapter)
     if all(variant["median"] is None for row in results for variant in row["variants"].values()):
         first = next(iter(results[0]["variants"].values()))["failure"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from flatten_diffusion.mixers import Grid, Mixer
+from flatten_diffusion.mixers import Context, LayerMixer, Mixed, Mixer
+from flatten_diffusion.mixers.base import FEATURES
 from flatten_diffusion.models import MIXER
 
 
@@ -26,16 +26,11 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
 class AttentionFree(Mixer):
     """Hands the values on: no attention can be faster."""
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        grid: Grid | None = None,
-        key_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    supports = FEATURES
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> Mixed:
         _keep_projections(query, key, value)
-        return value
+        return Mixed(value)
 
 
 @contextmanager
@@ -43,7 +38,11 @@ def attention_free(adapter: Any) -> Iterator[None]:
     """Inside, the adapter's layers hand their values on instead of mixing them."""
     kept = [(attention, getattr(attention, MIXER)) for _, attention in adapter.attention_modules()]
     for attention, mixer in kept:
-        setattr(attention, MIXER, AttentionFree(replace(mixer.spec, joint=None)))
+        # Neither windows nor the join with text: only what surrounds attention, and what was added to the projections.
+        shape = mixer.mixer.layer
+        floor = LayerMixer(AttentionFree(mixer.mixer.config, shape), shape)
+        floor.deltas = mixer.deltas
+        setattr(attention, MIXER, floor)
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatten_diffusion.mixers import WindowAttention
+from flatten_diffusion.mixers import Context, WindowAttention
 from flatten_diffusion.ops import available_backends, focused_linear_attention
 
 from .architectures import free_memory
@@ -161,7 +161,7 @@ def operator_candidates(tokens: int, device: torch.device, settings: OperatorSet
         window = WindowAttention(heads, settings.window).to(device, settings.dtype).requires_grad_(False)
         window.backend = backend
         run, grid = linear(backend), most_square_grid(tokens)
-        return lambda: window(run(), query, key, value, grid, None, None)[0]
+        return lambda: window(run(), query, key, value, Context(grid))[0]
 
     found: dict[str, Candidate] = {}
     if settings.softmax:
