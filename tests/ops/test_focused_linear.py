@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -365,6 +366,43 @@ def test_inductor_compiles_it():
     compiled = torch.compile(focused_linear_attention, fullgraph=True)
     with torch.no_grad():
         assert relative_error(compiled(**inputs), focused_linear_attention(**inputs)) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_traces_to_nodes_of_torch(backend):
+    """Also with a grid of sizes that the trace holds as tensors; torch.onnx's older exporter traces like this."""
+    images = torch.randn(1, 16, 3, 5)
+    weight = torch.randn(16, 1, 3, 3)
+
+    def call(images):
+        tokens = images.flatten(2).transpose(1, 2).unflatten(-1, (2, 8))
+        return focused_linear_attention(
+            tokens, tokens, tokens, conv_weight=weight, grid=images.shape[2:], backend=backend
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sizes become constants, and that tracing is old
+        traced = torch.jit.trace(call, images)
+    assert "flatten_diffusion::" not in str(traced.graph)
+    other = torch.randn(1, 16, 3, 5)
+    assert relative_error(traced(other), call(other)) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exports_with_sizes_left_open(backend):
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value):
+            return focused_linear_attention(query, key, value, backend=backend)
+
+    inputs = make_inputs((3, (3, 5), 2, 8), dtype=torch.float32)
+    query, key, value = inputs["query"], *(inputs[name][:, :9].contiguous() for name in ("key", "value"))
+    batch, tokens, keys = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "tokens", "keys"))
+    shapes = [{0: batch, 1: tokens}, {0: batch, 1: keys}, {0: batch, 1: keys}]
+    program = torch.export.export(Attention(), (query, key, value), dynamic_shapes=shapes)
+    own = [node for node in program.graph.nodes if "flatten_diffusion" in str(node.target)]
+    assert len(own) == (backend != "reference")
+    call = [tensor[:2, 2:].contiguous() for tensor in (query, key, value)]
+    assert relative_error(program.module()(*call), Attention()(*call)) < 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

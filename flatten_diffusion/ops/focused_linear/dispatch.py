@@ -98,7 +98,8 @@ def focused_linear_attention(
             convolution too, whatever they hold. A sample without any key gives zeros.
         backend: "auto" (fused kernels on CUDA where triton is installed, else "eager"), "reference", "eager" or
             "triton". Forward-mode derivatives, the transforms of torch.func, second derivatives and torch.jit.trace
-            go through "reference" whichever it is: only that one has them.
+            go through "reference" whichever it is: only that one has them. What leaves Python by torch.export (ONNX)
+            holds the operator itself as a node of its own, but for "reference", whose nodes are torch's.
 
     Returns:
         [B, N, H, D] in the query's dtype. Accumulation is float32 (float64 for float64). Under autocast, query, key
@@ -107,6 +108,8 @@ def focused_linear_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or a backend that cannot run.
     """
+    if grid is not None and torch.jit.is_tracing():  # which makes tensors of a tensor's sizes
+        grid = int(grid[0]), int(grid[1])
     call = FocusedArguments(
         query, key, value, scale, query_map, key_map, conv_weight, conv_bias, key_mask, focusing_factor, grid
     )

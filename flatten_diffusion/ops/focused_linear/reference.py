@@ -98,14 +98,14 @@ def forward(call: FocusedArguments) -> torch.Tensor:
     )
     mapped_key = focused_feature_map(map_heads(key.to(dtype), call.key_map), call.focusing_factor, call.scale)
     if key_mask is None:
-        count: torch.Tensor | float = float(key.shape[1])
+        count: torch.Tensor | int = key.shape[1]
     else:
         mapped_key = mapped_key * keep
         count = key_mask.sum(dim=1).clamp(min=1).to(dtype)[:, None, None]
 
     mean_key = mapped_key.sum(dim=1) / count  # [B, H, D]
     state = torch.einsum("bmhd,bmhe->bhde", mapped_key, values) / (
-        count if isinstance(count, float) else count[..., None]
+        count[..., None] if isinstance(count, torch.Tensor) else count
     )
     normalizer = torch.einsum("bnhd,bhd->bnh", mapped_query, mean_key) + NORMALIZER_EPS
     output = torch.einsum("bnhd,bhde->bnhe", mapped_query, state) / normalizer[..., None]
