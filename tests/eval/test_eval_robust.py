@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import struct
 import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -185,7 +187,7 @@ def test_nothing_written_names_a_folder_of_this_machine(
 
 
 def test_names_that_are_no_text_do_not_matter(
-    tiny_pipeline: Path, tmp_path: Path, run_json: Run, run_error: Fail
+    tiny_pipeline: Path, tmp_path: Path, run_json: Run, run_error: Fail, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a\n")
     out = tmp_path / os.fsdecode(b"caf\xe9")
@@ -193,11 +195,11 @@ def test_names_that_are_no_text_do_not_matter(
     for made in (1, 0):
         assert run_json("generate", tiny_pipeline, *arguments)["made"] == made
     assert run_error("generate", tiny_pipeline, *arguments[:-1], tmp_path / "o", "--negative-prompt", "\udcff")[0] == 2
-    done = subprocess.run(
-        command_line("generate", tiny_pipeline, *arguments, "--device", "cpu", "--offline"),
-        cwd=ROOT, env=child_environment() | {"PYTHONIOENCODING": "utf-8"}, capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and b"caf\\udce9: 1 images, 0 made now" in done.stdout, done.stderr
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="utf-8"))
+    assert main([*map(str, ("generate", tiny_pipeline, *arguments)), "--device", "cpu", "--offline"]) == 0
+    sys.stdout.flush()
+    assert b"caf\\udce9: 1 images, 0 made now" in printed.getvalue()
 
 
 def test_pipelines_of_one_name_do_not_mix(tiny_pipeline: Path, tmp_path: Path, run_json: Run, run_error: Fail) -> None:
@@ -272,10 +274,17 @@ def test_a_bit_flipped_in_an_unfinished_pass_is_noticed(
     monkeypatch.setattr(featurise_module, "_save_state", keeping)
     featurise(images, extractor, ALONE, batch_size=4, resume_folder=tmp_path)
     whole = kept[1]  # two of three blocks
+    calls: list[int] = []
+    extract = extractor.extract
+    monkeypatch.setattr(extractor, "extract", lambda batch: calls.append(len(batch)) or extract(batch))
+    path.write_bytes(whole)
+    featurise(images, extractor, ALONE, batch_size=4, resume_folder=tmp_path)
+    assert calls == [4]  # as it was saved, it is continued
     for index in range(8, len(whole), max(1, len(whole) // 40)):
         path.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
         again = featurise(images, extractor, ALONE, batch_size=4, resume_folder=tmp_path).moments.covariance()
         assert torch.equal(again, plain), index
+    assert calls.count(4) > 100  # and begun anew with nearly every flip
 
 
 def test_hidden_things_are_no_images(make_images: Make, tmp_path: Path, run_json: Run) -> None:
