@@ -52,6 +52,10 @@ def _crosses(owner: Any, attn: Any) -> str | None:
     return _CROSS if getattr(attn, "only_cross_attention", False) or not getattr(owner, "self_attn", True) else None
 
 
+def _crosses_as_built(owner: Any, attn: Any) -> str | None:
+    return _CROSS if attn.is_cross_attention else None
+
+
 def _crosses_by_width(owner: Any, attn: Any) -> str | None:
     return _CROSS if attn.to_k.in_features != attn.to_q.in_features else None
 
@@ -316,7 +320,7 @@ FAMILIES: tuple[Family, ...] = (
         kept={"transformer_blocks.*.attn2": _CROSS},
         read=readings.pixels,
         native=("DreamLiteAttnProcessor2_0",),
-        unless=_crosses,
+        unless=_crosses_as_built,
     ),
     Family(
         "LuminaNextDiT2DModel",

@@ -180,6 +180,13 @@ def test_a_unet_that_only_attends_to_text_keeps_it():
     assert [finding.reason for finding in survey(nn.ModuleList([block]))] == ["cross-attention"]
 
 
+@_NEWEST
+def test_a_dreamlite_that_only_attends_to_text_keeps_it():
+    home = inspect.getmodule(diffusers.DreamLiteUNetModel)
+    block = home.DreamLiteTransformer2DModel(2, 8, in_channels=32, cross_attention_dim=24, only_cross_attention=True)
+    assert [finding.reason for finding in survey(block)] == ["cross-attention"] * 2
+
+
 def test_sparse_attention_of_kandinsky5_stays():
     reading = readings.dense_channels_last_video(
         build_wrapped("kandinsky5").model, torch.zeros(1, 2, 8, 12, 4), {"P": 0.9}
