@@ -47,7 +47,7 @@ def poisoned(x, mask):
     return x.masked_fill(~mask[..., None, None], math.nan)
 
 
-# --- against the reference ---------------------------------------------------------------------------------------------
+# --- against the reference -----------------------------------------------------------------
 
 
 @cases(CASES)
@@ -96,7 +96,7 @@ def test_without_the_fused_kernel(monkeypatch):
         torch.testing.assert_close(got, wanted)
 
 
-# --- limits ------------------------------------------------------------------------------------------------------------
+# --- limits -----------------------------------------------------------------
 
 
 @cases(EXACT)
@@ -145,7 +145,7 @@ def test_opening_more_cells_comes_nearer():
     assert errors[0] > 1.05 * errors[1] > 1.1 * errors[2]
 
 
-# --- cost --------------------------------------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", [32, 64, 128, 256])
@@ -161,7 +161,7 @@ def test_the_budget_is_for_all_frames_and_pictures():
     assert cell_sides([(1, 64, 64)], Cells(far=2, budget=0)).far == (2,)
 
 
-# --- gradients ---------------------------------------------------------------------------------------------------------
+# --- gradients -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["odd", "frames-and-pictures", "opened-into-cells"])
@@ -199,7 +199,7 @@ def test_the_operator_is_a_good_citizen():
     torch.library.opcheck(operator_module.pyramid, (query, *pad, bias, [1, 6, 5], [4, 1, 1, 0, 0, 1], 0.3))
 
 
-# --- how it is called ----------------------------------------------------------------------------------------------------
+# --- how it is called -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
