@@ -11,6 +11,7 @@ from .parts.feature_maps import FeatureMap, LayerChoice
 from .parts.shares import JoinInputs
 from .parts.text import OtherTokens, TextJoin
 from .parts.window import WindowAttention
+from .pyramid import PyramidAttention, PyramidConfig
 from .registry import create_mixer, list_mixers, mixer_class, mixer_config, register_mixer, seeded
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "MixerInputs",
     "OtherTokens",
     "ProjectionDelta",
+    "PyramidAttention",
+    "PyramidConfig",
     "Reduce",
     "Statistic",
     "TextJoin",

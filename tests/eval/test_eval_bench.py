@@ -11,8 +11,8 @@ import torch
 from eval.benchmarks import conversion, cpu
 from eval.benchmarks.__main__ import main, parse_arguments
 from flatten_diffusion import linearize
-from flatten_diffusion.models import crossover as layers
-from flatten_diffusion.ops import crossover
+from flatten_diffusion.models import autotune as layers
+from flatten_diffusion.models import timing as crossover
 from flatten_eval.speed import architectures, operator
 
 from .test_eval_throughput import TINY
