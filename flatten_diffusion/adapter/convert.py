@@ -43,8 +43,9 @@ logger = logging.get_logger(__name__)
 _CONVERTIBLE = (AttnProcessor2_0, FusedAttnProcessor2_0)
 
 
-DENOISERS = ("unet", "transformer", "transformer_2")
-"""Names under which pipelines hold what predicts; Wan 2.2 has two, one for each half of the steps."""
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
+"""Names under which pipelines hold what predicts: Wan 2.2 has two, one for each half of the steps; Ideogram 4 one for
+each side of guidance."""
 
 
 class Denoisers(nn.ModuleDict):

@@ -1,4 +1,4 @@
-"""Pyramid attention: the keys of a query's window exactly, those around it and beyond as means of cells, one softmax."""
+"""Pyramid attention: the keys of a query's window exactly, those farther away as means of cells, under one softmax."""
 
 from __future__ import annotations
 

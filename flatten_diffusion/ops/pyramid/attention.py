@@ -9,7 +9,8 @@ from dataclasses import astuple
 import torch
 import torch.nn.functional as F
 
-from ..focused_linear.dispatch import call_dtype, check_arguments
+from ..focused_linear.arguments import FocusedArguments
+from ..focused_linear.dispatch import call_dtype
 from ..focused_linear.reference import compute_dtype
 from ..windows import Picture
 from .layout import Cells, cell_sides
@@ -59,7 +60,7 @@ def pyramid_attention(
         ValueError: shapes, dtypes or devices that do not fit together, or pictures that do not hold N tokens.
     """
     cells = Cells() if cells is None else cells
-    check_arguments(query, key, value, 1.0, None, None, None, None, None, None, key_mask)
+    FocusedArguments(query, key, value, None, None, None, None, None, key_mask, 1.0, None).check()
     sizes = tuple((int(frames), int(height), int(width)) for frames, height, width in pictures)
     held = sum(math.prod(picture) for picture in sizes)
     if not sizes or min(min(picture) for picture in sizes) < 1 or not query.shape[1] == key.shape[1] == held:
