@@ -99,7 +99,8 @@ class Adapter(AdapterHandle):
         """Tell graphs that are compiled whole (`fullgraph=True`) the size of the picture, where they cannot see it.
 
         Flux and its kin (Flux2, Flux3, Chroma, Krea2, Ideogram4, MiniMaxH3) are told a picture's shape only as numbers
-        on the device, which a graph cannot turn into sizes; uncompiled code and graphs that may break read them there and ignore this. Other models need no pin.
+        on the device, which a graph cannot turn into sizes; uncompiled code and graphs that may break read them there
+        and ignore this. Other models need no pin.
 
         Args:
             grid: (height, width) in tokens of the passes to come, or one (1, height, width) per picture where

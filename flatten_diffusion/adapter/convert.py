@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.utils import logging
 from torch import nn
@@ -35,7 +36,7 @@ from ..models import (
 )
 from ..models.guiders import register_like
 from .adapter import Adapter
-from .config import AdapterConfig
+from .config import AdapterConfig, resolve_config
 from .handle import ADAPTER, OURS, build_layer, place_of
 
 logger = logging.get_logger(__name__)
@@ -85,7 +86,7 @@ def parts_of(model: nn.Module) -> list[nn.Module]:
     return list(model.values()) if isinstance(model, Denoisers) else [model]
 
 
-def linearize(model_or_pipeline: Any, config: AdapterConfig | None = None) -> Adapter:
+def linearize(model_or_pipeline: Any, config: AdapterConfig | str | None = None) -> Adapter:
     """Replace the softmax self-attention of a diffusers model by learnable focused linear attention, in place.
 
     Every self-attention layer of the known families that holds a picture gets a mixer as the submodule
@@ -104,18 +105,20 @@ def linearize(model_or_pipeline: Any, config: AdapterConfig | None = None) -> Ad
         model_or_pipeline: a model, or a pipeline with `.unet` or `.transformer`, all of whose denoisers are converted
             (Wan 2.2 has two; layers are then named "transformer.blocks.0.attn1" and so on); other parts of a pipeline
             (a ControlNet) are converted by passing them.
-        config: see `AdapterConfig`; None means its defaults.
+        config: see `AdapterConfig`; None means its defaults. "training-free" stands for pyramid attention wherever that
+            is faster: pictures stay near the original's without any training, for several times the time of focused
+            linear attention.
 
     Returns:
         The adapter: parameters, `disabled()`, `report()`, `save_pretrained()`. Also at `model.flatten_adapter`.
 
     Raises:
-        TypeError: no model found.
+        TypeError: no model found, or no config.
         ValueError: the model is converted already, no layer can be converted, a pattern matches nothing, or a layer
             to convert runs sliced, xFormers or custom attention. Nothing is changed then.
     """
     model = resolve_model(model_or_pipeline)
-    config = AdapterConfig() if config is None else config
+    config = resolve_config(config)
     findings = survey(model)
     check_unconverted(model, findings)
     chosen = _choose(model, findings, config)
@@ -184,9 +187,17 @@ def check_processors(chosen: Sequence[Finding]) -> None:
                 "or the custom processor), or exclude the layer."
             )
         query = find_projection(attn, "q")
+        _check_weight(finding.name, None if query is None else query.module(attn).weight)
         hook = None if query is None else getattr(query.module(attn), "_hf_hook", None)
         if getattr(hook, "offload", False):
             raise ValueError(f"{finding.name} is offloaded layer by layer: convert before enabling sequential offload.")
+
+
+def _check_weight(name: str, weight: torch.Tensor | None) -> None:
+    if getattr(weight, "device_mesh", None) is not None:
+        raise ValueError(f"{name} is sharded already: convert the model first, then shard it (fully_shard, a TP plan).")
+    if weight is not None and weight.is_inference():
+        raise ValueError(f"{name} was made under torch.inference_mode(), which allows no training: load it outside.")
 
 
 def check_supported(chosen: Sequence[Finding], config: AdapterConfig) -> None:
