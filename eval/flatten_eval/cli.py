@@ -68,17 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write_json(Path(arguments.json), outcome.result)
         return 0
     except InputError as error:
-        print(f"flatten-eval: error: {error}", file=sys.stderr)
-        return 2
+        return _tell("error", str(error), 2)
     except RefusedComparison as error:
-        print(f"flatten-eval: refused: {error}", file=sys.stderr)
-        return 3
+        return _tell("refused", str(error), 3)
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's
             raise
-        line = first_line(error) if isinstance(error, OSError) else "out of memory; lower the batch size or the size"
-        print(f"flatten-eval: error: {line}", file=sys.stderr)
-        return 2
+        memory = "out of memory; lower the batch size or the size"
+        return _tell("error", first_line(error) if isinstance(error, OSError) else memory, 2)
     except KeyboardInterrupt:
-        print("flatten-eval: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
+        return _tell("interrupted", "the same command continues where it stopped", 130)
+
+
+def _tell(kind: str, line: str, code: int) -> int:
+    # What the line quotes may be a megabyte long.
+    print(f"flatten-eval: {kind}: {line if len(line) < 1000 else line[:800] + ' ... ' + line[-200:]}", file=sys.stderr)
+    return code
