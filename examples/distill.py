@@ -62,11 +62,15 @@ from flatten_diffusion.scenes.pipeline import PIPELINES, load_embedded
 logger = get_logger(__name__, log_level="INFO")
 
 
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())[:500]
+
+
 class Parser(argparse.ArgumentParser):
     """Its errors are one line, without the usage of sixty flags."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {one_line(message)}\n")
 
 
 def between(low: float, high: float) -> Callable[[str], float]:
@@ -201,10 +205,6 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--hub_model_id: {error}")
         except Exception as error:  # of the client, whose kinds differ by version
             parser.error(f"--push_to_hub: the Hub cannot be reached or does not know you ({one_line(error)})")
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -344,13 +344,11 @@ class Validation:
 
     def _pictures(self, prompts: list[str]) -> list[Image.Image]:
         generators = [torch.Generator().manual_seed(self.args.seed + index) for index in range(len(prompts))]
+        options = {"num_inference_steps": self.args.validation_inference_steps, "generator": generators}
+        if "guidance_scale" in inspect.signature(type(self.pipeline).__call__).parameters:
+            options["guidance_scale"] = self.args.guidance_scale
         with self.accelerator.autocast():
-            pictures: list[Image.Image] = self.pipeline(
-                prompts,
-                num_inference_steps=self.args.validation_inference_steps,
-                guidance_scale=self.args.guidance_scale,
-                generator=generators,
-            ).images
+            pictures: list[Image.Image] = self.pipeline(prompts, **options).images
         return pictures
 
     def __call__(self, distiller: Distiller, losses: dict[str, float]) -> None:
@@ -440,9 +438,8 @@ def upload(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_args(arguments)
     try:
-        distil(args)
+        distil(parse_args(arguments))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         logger.logger.debug("where it failed", exc_info=error)
         raise SystemExit(f"error: {one_line(error)}") from error
@@ -474,6 +471,8 @@ def distil(args: argparse.Namespace) -> None:
     model = resolve_model(pipeline)
     family_of(model)
     diffusion = Diffusion(pipeline.scheduler)
+    linearize(model, config)  # what cannot be converted is said before the cache is built
+    restore(model)
     cache = build_cache(
         pipeline,
         model,

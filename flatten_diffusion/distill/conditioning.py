@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers.utils import logging
 from torch import nn
 
 from .denoiser_call import (
@@ -27,8 +26,6 @@ from .denoiser_call import (
     sample_name,
 )
 from .equal_tokens import can_count, counted_last_key, merge_zeros, repeat_last
-
-logger = logging.get_logger(__name__)
 
 LAST_TOKEN_COUNTS = "last_token_counts"
 """Conditioning [B]: how many equal text tokens the last one of `encoder_hidden_states` stands for."""
@@ -115,12 +112,7 @@ _ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 # The default of diffusers' FluxPipeline.
 _FLUX_GUIDANCE = 3.5
 # Settings of U-Nets that are fed as the row says; with others only their pipelines know what they are given.
-_PLAIN = {
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-    "addition_embed_type": (None, "text_time"),
-    "encoder_hid_dim_type": (None, "text_proj"),
-}
+_PLAIN = {"num_class_embeds": None, "addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj"}
 
 FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": Family(_encode_stable_diffusion),
@@ -143,8 +135,8 @@ def family_of(model: nn.Module) -> Family:
     """The row of a model, or the recorded family. Raises ValueError for what is no denoiser."""
     name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in FAMILIES), "")
     config: Any = model.config if name else {}
-    plain = name != "UNet2DConditionModel" or all(config.get(key) in values for key, values in _PLAIN.items())
-    if name and plain:
+    plain = name != "UNet2DConditionModel" or all(config.get(key) in (None, value) for key, value in _PLAIN.items())
+    if name and plain and config.get("class_embed_type") is None:
         return FAMILIES[name]
     if can_record(model):
         return _RECORDED

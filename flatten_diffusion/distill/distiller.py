@@ -302,10 +302,10 @@ class Distiller:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         norm = clip_grad_norm_(parameters, self.settings.max_grad_norm)
-        if scaler is not None:  # skips an overflowing step itself, and lowers its scale
+        if scaler is not None:  # skips an overflowing step itself, and lowers its scale until none overflows
             scaler.step(self.optimizer)
             scaler.update()
-            return True
+            return bool(scaler.get_scale() > 1e-6)
         if not norm.isfinite():
             return False
         self.optimizer.step()

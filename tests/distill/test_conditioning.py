@@ -260,6 +260,10 @@ def test_classes() -> None:
 
 
 def test_unknown_models_are_named() -> None:
+    with pytest.raises(ValueError, match="UNet2DModel cannot be distilled"):
+        model = build("unet2d").model
+        model.register_to_config(class_embed_type="timestep")
+        family_of(model)
     with pytest.raises(ValueError, match="ControlNetModel cannot be distilled"):
         family_of(build("controlnet").model)
 

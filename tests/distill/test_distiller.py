@@ -232,6 +232,21 @@ def test_several_in_a_row_stop_with_a_diagnosis(cache_folder: Path) -> None:
         run.run()
 
 
+def test_gradients_that_overflow_at_every_scale_stop_it(cache_folder: Path) -> None:
+    settings = replace(SETTINGS, stages=("finetune",), patience=2, finetune=StageSettings(12, 1e-3))
+    run = distiller(cache_folder, None, settings)
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2e-6)
+
+    def poison(running: Distiller, losses: dict[str, float]) -> None:
+        if running.progress.step == 1:
+            next(running.adapter.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+
+    run.on_step = poison
+    with pytest.raises(FloatingPointError, match="2 steps in a row.*a gradient is not"):
+        run.run()
+    assert run.progress.skipped == 2
+
+
 @pytest.mark.parametrize("step", [3, 6])
 def test_what_is_not_finite_is_no_checkpoint_and_no_result(cache_folder: Path, tmp_path: Path, step: int) -> None:
     run = distiller(cache_folder, tmp_path, replace(SETTINGS, stages=("finetune",), ema_decay=None))

@@ -169,9 +169,15 @@ def test_a_hub_out_of_reach_is_found_before_the_work(
     assert "--push_to_hub: the Hub cannot be reached" in capsys.readouterr().err
 
 
-def test_a_resolution_that_does_not_fit(workplace: Path) -> None:
-    with pytest.raises(SystemExit, match="multiples of 8"):
-        script().main(command(workplace, "bad", "--resolution", "36")[1:])
+@pytest.mark.parametrize(
+    ("flags", "message"), [("--resolution 36", "multiples of 8"), ("--include no", "none of the 8")]
+)
+def test_what_does_not_fit_the_model_is_said_before_the_cache_is_built(
+    workplace: Path, flags: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        script().main(command(workplace, "bad", "--cache_dir", str(workplace / "unused"), *flags.split())[1:])
+    assert not (workplace / "unused").exists()
 
 
 SHORT = ("--stages", "calibrate,finetune", "--max_train_steps", "4", "--checkpointing_steps", "2")

@@ -105,6 +105,10 @@ def focused_linear_attention(
         [B, N, H, D] in the query's dtype. Accumulation is float32 (float64 for float64). Under autocast, query, key
         and value are first cast to the autocast dtype, as `scaled_dot_product_attention` does.
 
+        Promised: output and gradients are finite wherever the exact ones fit their dtype with a factor of two to spare,
+        for entries of query, key and value up to 1e8 in magnitude (all of float16) and a scale between 0.01 and 100.
+        Beyond, products of the three may leave float32. NaN and infinity in tokens that count come out again.
+
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or a backend that cannot run.
     """

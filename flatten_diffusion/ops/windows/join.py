@@ -41,7 +41,8 @@ def join_windows(
     gradients, but with forward-mode derivatives and within torch.func.
 
     query, key, value and mixed are [B, N, H, D] with any strides; gain [H, 2]; bias [H]; key_mask bool [B, N] or None;
-    backend as for `focused_linear_attention`.
+    backend as for `focused_linear_attention`. Finite wherever the exact result fits the dtype with a factor of two to
+    spare, for entries up to 1e8 in magnitude (all of float16); `join_far` and its gradients too.
     """
     call = JoinArguments(mixed, query, key, value, tuple(pictures), size, key_mask, scale)
     dtype = compute_dtype(query.dtype)
@@ -68,51 +69,45 @@ def join_windows(
             near = rows.shape[2] if keep is None else keep.sum(dim=1, keepdim=True)
             return log_far.add_((moments.number[sample] - near).clamp(min=NO_KEY).log())
 
-        return _join(call, estimate)
+        output, largest, total = _join(call, estimate)
+        return output, total.log_().add_(largest)
 
 
 def _join(
     call: JoinArguments, log_far: Callable[[int, Block, torch.Tensor, torch.Tensor | None], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log mass, block by block; `log_far` of a sample's block, given its scaled queries [H, W, t, D] and the
-    mask of its keys, is [H, W, t]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, and what makes up a query's log mass: its largest score and the sum of the exponentials below it, [B, N,
+    H] each. Block by block; `log_far` of a sample's block, given its scaled queries [H, W, t, D] and the mask of its
+    keys, is [H, W, t]."""
     query, dtype = call.query, compute_dtype(call.query.dtype)
     output = query.new_empty(query.shape)
-    log_mass = query.new_empty(query.shape[:3], dtype=dtype)
+    largest, total = (query.new_empty(query.shape[:3], dtype=dtype) for _ in range(2))
     for sample in range(query.shape[0]):
         for block in blocks(call.pictures, call.size, query):
             queries = block.take(query, sample, dtype).mul_(call.scale)
             keys, values = (block.take(x, sample, dtype) for x in (call.key, call.value))
             keep = _mask(block, call.key_mask, sample, keys, values)
             far = log_far(sample, block, queries, keep)
-            attended, mass = _attend(queries, keys, values, keep, far, block.take(call.mixed, sample, dtype))
-            block.put(output, sample, attended)
-            block.put(log_mass.unsqueeze(-1), sample, mass)
-    return output, log_mass
+            scores = _scores(queries, keys, keep)
+            peak = torch.maximum(scores.amax(dim=-1), far)
+            weights = scores.sub_(peak.unsqueeze(-1)).exp_()
+            far = (far - peak).exp_()
+            mass = weights.sum(dim=-1).add_(far)
+            weights.div_(mass.unsqueeze(-1))
+            attended = block.take(call.mixed, sample, dtype).mul_(far.div_(mass).unsqueeze(-1)).flatten(0, 1)
+            attended.baddbmm_(weights.flatten(0, 1), values.flatten(0, 1))
+            block.put(output, sample, attended.view(queries.shape))
+            block.put(largest.unsqueeze(-1), sample, peak.unsqueeze(-1))
+            block.put(total.unsqueeze(-1), sample, mass.unsqueeze(-1))
+    return output, largest, total
 
 
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keep: torch.Tensor | None,
-    log_far: torch.Tensor,
-    mixed: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """query, key, value, mixed [H, W, t, D], keep [W, t], log_far [H, W, t] -> output [H, W, t, D], its log mass."""
-    shape = query.shape
-    scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).view(*shape[:3], shape[2])
-    if keep is not None:
-        scores.masked_fill_(~keep[:, None], -torch.inf)
-    largest = torch.maximum(scores.amax(dim=-1), log_far)
-    weights = scores.sub_(largest.unsqueeze(-1)).exp_()
-    far = (log_far - largest).exp_()
-    total = weights.sum(dim=-1).add_(far)
-    far.div_(total)
-    weights.div_(total.unsqueeze(-1))
-    mixed = mixed.mul_(far.unsqueeze(-1)).flatten(0, 1)
-    output = mixed.baddbmm_(weights.flatten(0, 1), value.flatten(0, 1)).view(shape)
-    return output, largest.add_(total.log_()).unsqueeze(-1)
+def _scores(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """Scaled query and key [H, W, t, D], keep [W, t] -> [H, W, t, t]: the same bits forward and backward, since large
+    scores differ by more than an exponential bears if they are not."""
+    heads, windows, tokens, _ = query.shape
+    scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).view(heads, windows, tokens, tokens)
+    return scores if keep is None else scores.masked_fill_(~keep[:, None], -torch.inf)
 
 
 def join_far(
@@ -143,16 +138,16 @@ class _JoinFar(torch.autograd.Function):
         def given(sample: int, block: Block, rows: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
             return block.take(log_far.unsqueeze(-1), sample, rows.dtype).squeeze(-1)
 
-        output, log_mass = _join(JoinArguments(*tensors, *settings), given)
-        ctx.save_for_backward(*tensors, log_far, output, log_mass)
+        output, largest, total = _join(JoinArguments(*tensors, *settings), given)
+        ctx.save_for_backward(*tensors, log_far, output, largest, total)
         ctx.settings = settings
-        return output, log_mass
+        return output, largest + total.log()
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor, grad_mass: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """With P the weights of a window's keys, f that of what lies beyond, and delta = grad . out, the gradient of
         the scores is P (grad v^T - delta + grad_mass), that of log_far f (grad . mixed - delta + grad_mass)."""
-        *tensors, output, log_mass = ctx.saved_tensors
+        *tensors, output, largest, total = ctx.saved_tensors
         if backward_needs_plain_torch():
 
             def plain(*views: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,7 +157,7 @@ class _JoinFar(torch.autograd.Function):
             return *differentiable_gradients(plain, tensors, needed, given), None
         mixed, query, key, value, log_far = tensors
         pictures, size, key_mask, scale = ctx.settings
-        dtype = log_mass.dtype
+        dtype = total.dtype
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (mixed, query, key, value, log_far)]
         grad_mixed, grad_query, grad_key, grad_value, grad_far = grads
         with torch.autocast(query.device.type, enabled=False):
@@ -171,21 +166,21 @@ class _JoinFar(torch.autograd.Function):
                     queries, keys, values, beyond, grad, attended = (
                         block.take(x, sample, dtype) for x in (query, key, value, mixed, grad_output, output)
                     )
-                    far, mass, moved = (
-                        block.take(x.unsqueeze(-1), sample, dtype).squeeze(-1) for x in (log_far, log_mass, grad_mass)
+                    far, peak, moved, mass = (
+                        block.take(x.unsqueeze(-1), sample, dtype) for x in (log_far, largest, grad_mass, total)
                     )
                     keep = _mask(block, key_mask, sample, keys, values)
-                    moved -= (grad * attended).sum(dim=-1)
-                    weights = (queries @ keys.transpose(-1, -2)).mul_(scale).sub_(mass.unsqueeze(-1)).exp_()
-                    if keep is not None:
-                        weights.masked_fill_(~keep[:, None], 0.0)
-                    far = far.sub_(mass).exp_()
+                    moved = moved.sub_((grad * attended).sum(dim=-1, keepdim=True)).div_(mass)
+                    grad.div_(mass)  # and so every weight below, which is one pass less over all of them
+                    weights = _scores(queries.mul_(scale), keys, keep).sub_(peak).exp_()
+                    far = far.sub_(peak).exp_()
                     block.put(grad_value, sample, weights.transpose(-1, -2) @ grad)
-                    block.put(grad_far.unsqueeze(-1), sample, (far * ((grad * beyond).sum(dim=-1) + moved))[..., None])
-                    weights.mul_((grad @ values.transpose(-1, -2)).add_(moved.unsqueeze(-1))).mul_(scale)
-                    block.put(grad_query, sample, weights @ keys)
+                    along = (grad * beyond).sum(dim=-1, keepdim=True).add_(moved)
+                    block.put(grad_far.unsqueeze(-1), sample, along.mul_(far))
+                    weights.mul_((grad @ values.transpose(-1, -2)).add_(moved))
                     block.put(grad_key, sample, weights.transpose(-1, -2) @ queries)
-                    block.put(grad_mixed, sample, grad.mul_(far.unsqueeze(-1)))
+                    block.put(grad_query, sample, (weights @ keys).mul_(scale))
+                    block.put(grad_mixed, sample, grad.mul_(far))
         return *grads, None
 
 
