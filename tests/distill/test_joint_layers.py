@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from flatten_diffusion.distill.measure import Batch
+from flatten_diffusion.distill.record import LayerCall, watch_teacher
+from flatten_diffusion.distill.share import fit_shares
 
 from flatten_diffusion import AdapterConfig, linearize
 from flatten_diffusion.adapter import Adapter
 from flatten_diffusion.distill import CalibrationSettings, calibrate, transfer_step
-from flatten_diffusion.distill.measure import Batch
-from flatten_diffusion.distill.record import LayerCall, watch_teacher
-from flatten_diffusion.distill.share import fit_shares
 from flatten_diffusion.mixers import count_tokens, list_joints, pictures_of
 from flatten_diffusion.ops.windows import window_indices
 
