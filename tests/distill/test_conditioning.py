@@ -1,22 +1,23 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from PIL import Image
 from transformers import CLIPTextModelWithProjection
 
-from flatten_diffusion import AdapterConfig, linearize
+from flatten_diffusion import linearize
 from flatten_diffusion.distill import CacheSettings, Diffusion, NoisyBatches, build_cache, image_folder
 from flatten_diffusion.distill.conditioning import encode_prompts, family_of, pack_latents, predict, unpack_latents
-from flatten_diffusion.distill.equal_tokens import CountedLastKey, merge_zeros, repeat_last
+from flatten_diffusion.distill.equal_tokens import counted_last_key, merge_zeros, repeat_last
 from flatten_diffusion.distill.latents import check_pipeline, pixels_per_token_step
+from flatten_diffusion.models.attention import heads_first_product
 
 from ..models.tiny import build
 from .tiny import tiny_pipeline, tiny_sd3
@@ -79,24 +80,20 @@ def test_sd3_prompts_and_call() -> None:
     assert torch.allclose(encoded["pooled_projections"], torch.cat([pooled, negative_pooled]), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["original", "shared_normalizer", "gated_branches", "checkpointing", "dual"])
+@pytest.mark.parametrize("kind", ["original", "converted", "disabled", "dual"])
 def test_an_equal_token_counts_as_often_as_it_stands_there(kind: str) -> None:
     pipeline = tiny_sd3(dual=kind == "dual")
     model = pipeline.transformer
     encoded = encode_prompts(pipeline, model, ["a red circle", ""], (32, 48))
-    counted = kind in ("original", "shared_normalizer")
-    if kind == "checkpointing":
-        model.enable_gradient_checkpointing()
-    elif kind != "original":
-        joint = "gated_branches" if kind == "gated_branches" else "shared_normalizer"
-        linearize(model, AdapterConfig(joint=joint))
+    counted = kind in ("converted", "disabled")
+    adapter = None if kind == "original" else linearize(model)
     noisy, timesteps = torch.randn(2, 4, 8, 12), torch.tensor([300.0, 900.0])
     whole = repeat_last(encoded["encoder_hidden_states"], encoded["last_token_counts"])
     seen: list[int] = []
     handle = model.register_forward_pre_hook(
         lambda _, args, given: seen.append(given["encoder_hidden_states"].shape[1]), with_kwargs=True
     )
-    with torch.no_grad():
+    with torch.no_grad(), nullcontext() if adapter is None or kind != "disabled" else adapter.disabled():
         found = predict(model, model, noisy, timesteps, encoded)
         handle.remove()
         pooled = encoded["pooled_projections"]
@@ -105,6 +102,27 @@ def test_an_equal_token_counts_as_often_as_it_stands_there(kind: str) -> None:
     assert seen == [whole.shape[1] - 255 * counted]
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(wrong, expected, atol=1e-3)
+
+
+def test_a_counted_token_is_counted_again_when_checkpointing_recomputes() -> None:
+    pipeline = tiny_sd3()
+    model = pipeline.transformer.requires_grad_(False)
+    encoded = encode_prompts(pipeline, model, ["a red circle", ""], (32, 48))
+    adapter = linearize(model)
+    noisy, timesteps = torch.randn(2, 4, 8, 12), torch.tensor([300.0, 900.0])
+    whole = dict(encoded)
+    counts = whole.pop("last_token_counts")
+    whole["encoder_hidden_states"] = repeat_last(encoded["encoder_hidden_states"], counts)
+
+    def gradients(conditioning: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        loss = predict(model, model, noisy, timesteps, conditioning).square().sum()
+        return list(torch.autograd.grad(loss, list(adapter.parameters())))
+
+    model.train()
+    expected = gradients(whole)
+    model.enable_gradient_checkpointing()
+    for ours, theirs in zip(gradients(encoded), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(expected[0].abs().max()))
 
 
 @pytest.mark.parametrize("filled", [0, 1, 4, 5])
@@ -117,9 +135,12 @@ def test_zero_tokens_at_the_end_become_one(filled: int) -> None:
 
 
 def test_a_mask_of_ones_own_cannot_be_counted() -> None:
-    query = torch.randn(1, 1, 3, 8)
-    with CountedLastKey(torch.tensor([4])), pytest.raises(RuntimeError, match="feed all tokens"):
-        F.scaled_dot_product_attention(query, query, query, torch.zeros(3, 3))
+    model = tiny_sd3().transformer
+    adapter = linearize(model)
+    query, attn = torch.randn(1, 2, 3, 8), model.transformer_blocks[0].attn
+    with counted_last_key(model, torch.tensor([4])), adapter.disabled():
+        with pytest.raises(RuntimeError, match="transformer_blocks.0.attn: a masked attention .* feed all tokens"):
+            heads_first_product(attn, query, query, query, torch.zeros(3, 3))
 
 
 def test_stable_diffusion_prompts() -> None:

@@ -28,13 +28,14 @@ from flatten_diffusion.distill import (
     prompts_as_examples,
 )
 from flatten_diffusion.distill.checkpoint import list_checkpoints
+from flatten_diffusion.mixers import FocusedCalibration
 
 from .tiny import CAPTIONS, drawn_cache, tiny_pipeline
 
 SETTINGS = DistillSettings(
     train_batch_size=4,
     rank=2,
-    calibration=CalibrationSettings(powers=(1.0, 3.0), scale_exponents=(0.0,)),
+    calibration=CalibrationSettings(mixers=(FocusedCalibration(powers=(1.0, 3.0), scale_exponents=(0.0,)),)),
     calibration_batches=2,
     evaluation_batches=2,
     transfer=StageSettings(6, 1e-2),
@@ -163,7 +164,7 @@ def test_other_settings_are_not_resumed(cache_folder: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="another caption_dropout, seed"):
         distiller(cache_folder, tmp_path, replace(SETTINGS, seed=1, caption_dropout=0.0)).run(resume=True)
     run = distiller(cache_folder, tmp_path)
-    run.adapter.config = replace(run.adapter.config, min_tokens=16)
+    run.adapter.reconfigure(replace(run.adapter.config, min_tokens=16))
     with pytest.raises(ValueError, match="another min_tokens"):
         run.run(resume=True)
 

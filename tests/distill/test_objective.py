@@ -5,12 +5,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from flatten_diffusion.distill.record import FeatureTap
 from torch import nn
 
 from flatten_diffusion import linearize
 from flatten_diffusion.adapter import Adapter
 from flatten_diffusion.distill import Diffusion, Gap, LossWeights, NoisyBatch, Objective, measure_gap
+from flatten_diffusion.distill.capture import FeatureTap
 
 from ..models.tiny import build, stir
 
