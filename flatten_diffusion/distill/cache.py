@@ -136,8 +136,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     def _subset(self, indices: Sequence[int]) -> LatentCache:
         part = copy(self)
         part.sizes = [self.sizes[i] for i in indices]
-        part._rows = [self._rows[i] for i in indices]
-        part._open = {}
+        part._rows, part._open = [self._rows[i] for i in indices], {}  # noqa: SLF001 (its own)
         return part
 
     def __getstate__(self) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def _find_layout(pipeline: Any, model: nn.Module, size: Size) -> tuple[list[str]
     sample, timestep = sample_name(model), _timestep_name(model)
     rows, shared = [], {}
     for name, tensor in first.items():
-        if name == sample or name == timestep:
+        if name in (sample, timestep):
             continue
         if double[name].shape == tensor.shape:
             shared[SHARED + name] = tensor

@@ -14,8 +14,16 @@ from .conditioning import encode_prompts, family_of, unpack_latents
 from .denoiser_call import draw_recorded
 
 _MORE_THAN_A_PROMPT = frozenset(
-    "strength mask_image image_embeds image_guidance_scale control_image control_video controlnet_conditioning_scale "
-    "reference_image".split()
+    [
+        "strength",
+        "mask_image",
+        "image_embeds",
+        "image_guidance_scale",
+        "control_image",
+        "control_video",
+        "controlnet_conditioning_scale",
+        "reference_image",
+    ]
 )
 
 

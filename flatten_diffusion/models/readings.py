@@ -7,6 +7,7 @@ Each takes the owner module and the values of the row's `arguments` (None where 
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -122,7 +123,7 @@ def _grid_from_ids(ids: torch.Tensor) -> Grid:
     picture, row, column = table.unbind(1)
     breaks = (picture.diff() != 0) | (row.diff() != 0) | (column.diff() < 0)
     starts = [0, *(breaks.nonzero()[:, 0] + 1).tolist(), len(table)]
-    lengths = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    lengths = [stop - start for start, stop in itertools.pairwise(starts)]
     digits = (
         7 if torch.equal(table, table.bfloat16().double()) else 10 if torch.equal(table, table.half().double()) else 22
     )

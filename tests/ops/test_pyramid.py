@@ -33,7 +33,7 @@ EXACT = {
 
 
 def cases(table):
-    return pytest.mark.parametrize("pictures, cells", table.values(), ids=table.keys())
+    return pytest.mark.parametrize(("pictures", "cells"), table.values(), ids=table.keys())
 
 
 def tensors(pictures, dtype=torch.float64, batch=2, heads=2, head_dim=8, seed=0):
@@ -63,7 +63,7 @@ def test_agrees_with_the_reference(pictures, cells, masked):
     torch.testing.assert_close(mass, wanted_mass, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 def test_lower_precision(dtype, tolerance):
     pictures, cells = CASES["opened-into-cells"]
     (query, key, value), mask = tensors(pictures, dtype)
@@ -231,7 +231,7 @@ def test_autocast():
 
 
 @pytest.mark.parametrize(
-    "settings, named",
+    ("settings", "named"),
     [({"window": 0}, "window"), ({"ring": 3}, "ring"), ({"far": 12}, "far"), ({"opened_cell": 6}, "opened_cell"),
      ({"budget": -1}, "budget"), ({"opened": 1.5}, "opened"), ({"window": True}, "window")],
 )  # fmt: skip
