@@ -24,7 +24,7 @@ from .buckets import Size, check_sizes, nearest_bucket, parse_sizes, to_pixels
 from .conditioning import Conditioning, encode_null, encode_prompts, encode_shared, family_of
 from .denoiser_call import sampling_shift
 from .identity import component_digest, pipeline_settings
-from .latents import check_pipeline, draw_latents, encode_pictures
+from .latents import check_pipeline, draw_latents, encode_images
 from .sources import Example
 
 logger = logging.get_logger(__name__)
@@ -38,10 +38,10 @@ class CacheSettings:
     """What a cache depends on besides the examples and the pipeline.
 
     Attributes:
-        buckets: (height, width) in pixels; each picture goes to the nearest aspect ratio, drawn ones take turns.
-        draw_steps, guidance_scale, seed: how the teacher draws latents for prompts without pictures.
+        buckets: (height, width) in pixels; each image goes to the nearest aspect ratio, drawn ones take turns.
+        draw_steps, guidance_scale, seed: how the teacher draws latents for prompts without images.
         shard_size: examples per file.
-        batch_size: pictures encoded or drawn at once.
+        batch_size: images encoded or drawn at once.
     """
 
     buckets: tuple[Size, ...]
@@ -63,7 +63,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         sizes: (height, width) in pixels of each example.
         null: per size, the conditioning of the empty prompt (one row), and what all prompts have in common.
         shifts: per size, where the pipeline shifts its timesteps by the size, by how much.
-        broken: "name: reason" of every picture that was skipped.
+        broken: "name: reason" of every image that was skipped.
         identity: a digest of all that it holds.
 
     Raises:
@@ -81,7 +81,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         digests = [self._add(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         if not self._rows:
             shown = "; ".join(self.broken[:3])
-            raise ValueError(f"None of the {len(self.broken)} pictures can be read ({shown}): check the data.")
+            raise ValueError(f"None of the {len(self.broken)} images can be read ({shown}): check the data.")
         null, _ = read_tensors(folder / _NULL)
         for key, tensor in null.items():
             bucket, _, name = key.partition("/")
@@ -168,9 +168,9 @@ def build_cache(
     """
     check_pipeline(type(pipeline))
     if not examples:
-        raise ValueError("There are no examples: pass pictures or prompts.")
+        raise ValueError("There are no examples: pass images or prompts.")
     if family_of(model).recorded and any(example.open is not None for example in examples):
-        raise ValueError(f"{type(model).__name__} is distilled from what it draws itself: pass prompts, not pictures.")
+        raise ValueError(f"{type(model).__name__} is distilled from what it draws itself: pass prompts, not images.")
     if any(example.open is None for example in examples) and any(isinstance(part, Mixer) for part in model.modules()):
         raise ValueError("The model is converted already and would draw as the student: build the cache first.")
     folder = Path(cache_dir) / f"latents-{fingerprint(pipeline, model, examples, settings)}"
@@ -192,7 +192,7 @@ def build_cache(
     wait()
     cache = LatentCache(folder)
     if cache.broken and process_index == 0:
-        logger.warning(f"{len(cache.broken)} of {len(examples)} pictures skipped: {'; '.join(cache.broken[:10])}")
+        logger.warning(f"{len(cache.broken)} of {len(examples)} images skipped: {'; '.join(cache.broken[:10])}")
     return cache
 
 
@@ -250,7 +250,7 @@ def _write_shard(
 
 
 def _size_and_pixels(example: Example, index: int, buckets: Sequence[Size]) -> tuple[Size, torch.Tensor | None]:
-    """The bucket that an example goes to, and its picture, None where the teacher draws it."""
+    """The bucket that an example goes to, and its image, None where the teacher draws it."""
     if example.open is None:
         return buckets[index % len(buckets)], None
     with example.open() as image:
@@ -268,7 +268,7 @@ def _latents(
 ) -> torch.Tensor:
     pictures = [pixels for _, _, pixels in batch if pixels is not None]
     if pictures:
-        return encode_pictures(pipeline, torch.stack(pictures))
+        return encode_images(pipeline, torch.stack(pictures))
     captions, seeds = [example.caption for _, example, _ in batch], [settings.seed + index for index, _, _ in batch]
     return draw_latents(pipeline, model, captions, seeds, size, settings.draw_steps, settings.guidance_scale)
 

@@ -393,7 +393,7 @@ class Distiller:
             if not parameter.isfinite().all():
                 return f"{name} is not finite; lower the learning rate and resume from an earlier checkpoint"
         if not batch.noisy.isfinite().all():
-            return "the latents are not finite; delete the cache and check the pictures"
+            return "the latents are not finite; delete the cache and check the images"
         with torch.no_grad(), self.accelerator.autocast():
             if not self.objective.teacher(batch).isfinite().all():
                 return "the teacher's own prediction is not finite; train in bfloat16 or float32"

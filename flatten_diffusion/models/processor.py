@@ -133,8 +133,8 @@ class FocusedLinearAttnProcessor:
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
-        picture_shape = hidden_states.shape if hidden_states.ndim == 4 else None
-        if picture_shape is not None:
+        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+        if image_shape is not None:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
@@ -146,7 +146,7 @@ class FocusedLinearAttnProcessor:
                 query, key, value, focusing_factor=self.focusing_factor, backend=self.backend
             )
         else:
-            grid = None if picture_shape is None else (picture_shape[2], picture_shape[3])
+            grid = None if image_shape is None else (image_shape[2], image_shape[3])
             mixed = (
                 value
                 if skips_scores(attn)
@@ -159,8 +159,8 @@ class FocusedLinearAttnProcessor:
         if "out" in deltas:
             hidden_states = hidden_states + deltas["out"](mixed)
         hidden_states = attn.to_out[1](hidden_states)
-        if picture_shape is not None:
-            hidden_states = hidden_states.transpose(-1, -2).reshape(picture_shape)
+        if image_shape is not None:
+            hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor

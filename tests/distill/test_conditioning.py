@@ -230,7 +230,7 @@ def test_classes_of_a_unet_without_text(tmp_path: Path) -> None:
     assert sorted(batch.conditioning["class_labels"].tolist()) == [0, 1, 2, 3]
 
 
-def test_unconditional_models_train_on_pictures_alone(tmp_path: Path) -> None:
+def test_unconditional_models_train_on_images_alone(tmp_path: Path) -> None:
     unet = build("unet2d").model
     pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")

@@ -102,7 +102,7 @@ def test_a_shift_by_size_is_the_pipelines(build: Any) -> None:
     options = {"use_dynamic_shifting": True, "shift": 7.0, "base_shift": 0.5, "max_shift": 9.0}
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**options)
     diffusion = Diffusion(pipeline.scheduler)
-    with pytest.raises(ValueError, match="by the picture's size"):
+    with pytest.raises(ValueError, match="by the image's size"):
         diffusion.draw_timesteps(2, torch.Generator())
     shift = sampling_shift(pipeline, pipeline.transformer, size)
     drawn = diffusion.draw_timesteps(4000, torch.Generator().manual_seed(0), shift)

@@ -13,7 +13,7 @@ from flatten_diffusion.distill.share import fit_shares
 from flatten_diffusion import AdapterConfig, linearize
 from flatten_diffusion.adapter import Adapter
 from flatten_diffusion.distill import CalibrationSettings, calibrate, transfer_step
-from flatten_diffusion.mixers import count_tokens, list_joints, pictures_of
+from flatten_diffusion.mixers import count_tokens, images_of, list_joints
 from flatten_diffusion.ops.windows import window_indices
 
 from ..models.tiny import stir
@@ -135,7 +135,7 @@ def test_the_convolution_of_a_joint_layer_is_solved_exactly() -> None:
     calls = watched(tiny, adapter)
     for call in calls.values():
         with torch.no_grad():
-            tiny()  # the readings of this picture
+            tiny()  # the readings of this image
             inputs = call.mixer_inputs()
             assert inputs is not None and inputs.share is not None
             mixer: Any = call.mixer
@@ -149,7 +149,7 @@ def test_the_convolution_of_a_joint_layer_is_solved_exactly() -> None:
 
 
 def share_errors(adapter: Adapter, tiny: TinyWrapped) -> dict[str, float]:
-    """Squared error of each joint layer's product were its linear part the true softmax over the picture."""
+    """Squared error of each joint layer's product were its linear part the true softmax over the image."""
     left: dict[str, float] = {}
 
     def consume(call: LayerCall) -> None:
@@ -197,7 +197,7 @@ def mass_errors(adapter: Adapter, tiny: TinyWrapped) -> dict[str, float]:
         for sample, given in enumerate(call.joint_inputs()):
             window = call.mixer.window
             assert window is not None and given.grid is not None
-            indices = window_indices(pictures_of(given.grid), window.size, given.key.device)
+            indices = window_indices(images_of(given.grid), window.size, given.key.device)
             near = (indices[:, None] == indices)[:, None]
             scores = torch.einsum("bnhd,bmhd->bnhm", given.query, given.key) * given.scale
             if given.key_mask is not None:

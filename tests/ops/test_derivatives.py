@@ -14,7 +14,7 @@ from flatten_diffusion.ops.windows import join_far, join_windows, key_moments, s
 
 from .focused_cases import attend, make_inputs, relative_error, run_with_gradients
 
-PICTURES = ((1, 3, 5),)
+IMAGES = ((1, 3, 5),)
 MASK = torch.arange(15)[None] % 4 > 0
 STEP = 1e-5
 
@@ -36,9 +36,9 @@ def windows(kind: str):
     tokens = torch.randn(4, 1, 15, 2, 4, generator=generator, dtype=torch.float64)
     far, gain, bias = (torch.randn(*shape, generator=generator).double() for shape in ((1, 15, 2), (2, 2), (2,)))
     if kind == "join_far":
-        return lambda *x: join_far(*x, PICTURES, 2, MASK, 0.3), [*tokens, far]
+        return lambda *x: join_far(*x, IMAGES, 2, MASK, 0.3), [*tokens, far]
     if kind == "join_windows":
-        return lambda *x: join_windows(*x[:4], PICTURES, 2, MASK, 0.3, *x[4:]), [*tokens, gain, bias]
+        return lambda *x: join_windows(*x[:4], IMAGES, 2, MASK, 0.3, *x[4:]), [*tokens, gain, bias]
     return lambda query, key: score_moments(query, key_moments(key, MASK), 0.3)[1:], [*tokens[:2]]
 
 

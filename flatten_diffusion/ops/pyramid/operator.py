@@ -13,7 +13,7 @@ import torch
 
 from ..focused_linear.eager import block_elements
 from ..focused_linear.reference import compute_dtype
-from ..windows import Picture, from_windows, windows_of
+from ..windows import ImageSize, from_windows, windows_of
 from .layout import Cells, Layout, layout
 
 
@@ -33,7 +33,7 @@ def pyramid(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, N, H, D] and log-sum-exp [B, N, H] of query [B, N, H, D] over tables of keys and values [B, H, R, D],
-    bias [B or 1, R]; `pictures` and `cells` as plain numbers."""
+    bias [B or 1, R]; `images` and `cells` as plain numbers."""
     triples, setting = _triples(pictures), Cells(*cells)
     outputs, masses = [], []
     for at, windows in enumerate(_by_sample(query, triples, setting.window)):
@@ -249,10 +249,10 @@ def _attend_plainly(
     return scores.sub_(mass[..., None]).exp_().to(value.dtype) @ value, mass
 
 
-def _by_sample(x: torch.Tensor, pictures: Sequence[Picture], size: int) -> list[torch.Tensor]:
-    """Of each picture [B, W, t, ...]."""
+def _by_sample(x: torch.Tensor, pictures: Sequence[ImageSize], size: int) -> list[torch.Tensor]:
+    """Of each image [B, W, t, ...]."""
     return [windows.unflatten(0, (len(x), -1)) for windows in windows_of(x, pictures, size)]
 
 
-def _triples(pictures: list[int]) -> tuple[Picture, ...]:
+def _triples(pictures: list[int]) -> tuple[ImageSize, ...]:
     return tuple((pictures[at], pictures[at + 1], pictures[at + 2]) for at in range(0, len(pictures), 3))
