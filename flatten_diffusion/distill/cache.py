@@ -75,32 +75,27 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         self.sizes: list[Size] = []
         self.broken: list[str] = []
         self.null: dict[Size, Conditioning] = {}
-        self.shifts: dict[Size, float] = {}
         self._rows: list[tuple[Path, str, int]] = []
         self._open: dict[Path, Any] = {}
         digests = [self._add(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         if not self._rows:
             shown = "; ".join(self.broken[:3])
-            raise ValueError(f"None of the {len(self.broken)} images can be read ({shown}): check the data.")
-        null, _ = read_tensors(folder / _NULL)
-        for key, tensor in null.items():
+            raise ValueError(f"None of the {len(self.broken)} pictures can be read ({shown}): check the data.")
+        tensors, _ = read_tensors(folder / _NULL)
+        for key, tensor in tensors.items():
             bucket, _, name = key.partition("/")
-            if name == _SHIFT:
-                self.shifts[parse_sizes(bucket)[0]] = tensor.item()
-            else:
-                self.null.setdefault(parse_sizes(bucket)[0], {})[name] = tensor
-        self.identity = sha256_of_tensors(null, " ".join(digests))
+            self.null.setdefault(parse_sizes(bucket)[0], {})[name] = tensor
+        shifted = [size for size, null in self.null.items() if _SHIFT in null]
+        self.shifts: dict[Size, float] = {size: self.null[size].pop(_SHIFT).item() for size in shifted}
+        self.identity = sha256_of_tensors(tensors, " ".join(digests))
 
     def _add(self, path: Path) -> str:
         """Take up a shard; its checksum."""
         with safe_open(path, framework="pt") as file:
             broken, checksum = read_header(file)
             rows = []
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                bucket, _, name = key.partition("/")
-                if name == _INDEX:
-                    indices = file.get_tensor(key).tolist()
-                    rows += [(index, bucket, row) for row, index in enumerate(indices)]
+            for key in (key for key in file.keys() if key.endswith(f"/{_INDEX}")):  # noqa: SIM118 (not a dict)
+                rows += [(index, key.partition("/")[0], row) for row, index in enumerate(file.get_tensor(key).tolist())]
         self.broken += parse_json(broken, str(path))
         for _, bucket, row in sorted(rows):
             self._rows.append((path, bucket, row))
@@ -128,10 +123,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         if not 0 < held_out < len(self):
             raise ValueError(f"{held_out} held-out examples of {len(self)}: keep at least one on each side.")
         chosen = {index * len(self) // held_out for index in range(held_out)}
-        return (
-            self._subset([i for i in range(len(self)) if i not in chosen]),
-            self._subset(sorted(chosen)),
-        )
+        return (self._subset([i for i in range(len(self)) if i not in chosen]), self._subset(sorted(chosen)))
 
     def _subset(self, indices: Sequence[int]) -> LatentCache:
         part = copy(self)
@@ -239,11 +231,17 @@ def _write_shard(
     for size, members in grouped.items():
         for start in range(0, len(members), settings.batch_size):
             batch = members[start : start + settings.batch_size]
-            latents = _latents(pipeline, model, batch, size, settings)
+            captions, indices = [example.caption for _, example, _ in batch], [index for index, _, _ in batch]
+            pictures = [pixels for _, _, pixels in batch if pixels is not None]
+            if pictures:
+                latents = encode_pictures(pipeline, torch.stack(pictures))
+            else:
+                how = (size, settings.draw_steps, settings.guidance_scale)
+                latents = draw_latents(pipeline, model, captions, [settings.seed + index for index in indices], *how)
             finite = latents.flatten(1).isfinite().all(1)
             broken += [f"{batch[row][1].name}: its latents are not finite" for row in (~finite).nonzero().flatten()]
-            tensors = {_LATENTS: latents, _INDEX: torch.tensor([index for index, _, _ in batch])}
-            tensors.update(encode_prompts(pipeline, model, [example.caption for _, example, _ in batch], size))
+            tensors = {_LATENTS: latents, _INDEX: torch.tensor(indices)}
+            tensors.update(encode_prompts(pipeline, model, captions, size))
             for name, tensor in tensors.items():
                 columns.setdefault(f"{size[0]}x{size[1]}/{name}", []).append(tensor[finite])
     write_tensors(path, {name: _compact(torch.cat(rows)) for name, rows in columns.items()}, json.dumps(broken))
@@ -257,20 +255,6 @@ def _size_and_pixels(example: Example, index: int, buckets: Sequence[Size]) -> t
         picture = to_rgb(image)
     size = nearest_bucket((picture.height, picture.width), buckets)
     return size, to_pixels(picture, size)
-
-
-def _latents(
-    pipeline: Any,
-    model: nn.Module,
-    batch: list[tuple[int, Example, torch.Tensor | None]],
-    size: Size,
-    settings: CacheSettings,
-) -> torch.Tensor:
-    pictures = [pixels for _, _, pixels in batch if pixels is not None]
-    if pictures:
-        return encode_images(pipeline, torch.stack(pictures))
-    captions, seeds = [example.caption for _, example, _ in batch], [settings.seed + index for index, _, _ in batch]
-    return draw_latents(pipeline, model, captions, seeds, size, settings.draw_steps, settings.guidance_scale)
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:

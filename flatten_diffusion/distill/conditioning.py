@@ -124,11 +124,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def _encode_recorded(pipeline: Any, model: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
-    return record_rows(pipeline, model, prompts, size)
-
-
-_RECORDED = Family(_encode_recorded, recorded=True)
+_RECORDED = Family(record_rows, recorded=True)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -213,11 +213,10 @@ def _nest(flat: Conditioning) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, tensor in flat.items():
         *parents, leaf = path.split("/")
+        value: Any = tensor
         if leaf in _SCALARS:
+            value = _SCALARS[leaf](tensor.item())
             *parents, leaf = parents
-            value: Any = _SCALARS[path.rpartition("/")[2]](tensor.item())
-        else:
-            value = tensor
         node = tree
         for part in parents:
             node = node.setdefault(part, {})

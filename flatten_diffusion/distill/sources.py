@@ -35,11 +35,7 @@ class Example:
 
 
 def image_folder(
-    folder: str | Path,
-    *,
-    image_column: str = "file_name",
-    caption_column: str = "text",
-    max_samples: int | None = None,
+    folder: str | Path, *, image_column: str = "file_name", caption_column: str = "text", max_samples: int | None = None
 ) -> list[Example]:
     """Images below `folder`, captioned by metadata files in it or its subfolders, else by a .txt file beside each.
 
