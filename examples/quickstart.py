@@ -27,7 +27,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 from flatten_diffusion import linearize, load_adapter
-from flatten_diffusion.ops.crossover import device_name
+from flatten_diffusion.models.timing import device_name
 from flatten_diffusion.scenes import load_scenes_pipeline
 from flatten_diffusion.scenes.pipeline import ADAPTER_DIR
 

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AdapterConfig": "adapter",
     "FocusedLinearAttnProcessor": "models",
+    "FocusedLinearConfig": "mixers",
     "focused_linear_attention": "ops",
     "linearize": "adapter",
     "list_mixers": "mixers",
@@ -21,6 +22,7 @@ _PUBLIC = {
 __all__ = [
     "AdapterConfig",
     "FocusedLinearAttnProcessor",
+    "FocusedLinearConfig",
     "__version__",
     "focused_linear_attention",
     "linearize",
@@ -31,7 +33,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .adapter import AdapterConfig, linearize, load_adapter, restore
-    from .mixers import list_mixers
+    from .mixers import FocusedLinearConfig, list_mixers
     from .models import FocusedLinearAttnProcessor
     from .ops import focused_linear_attention
 

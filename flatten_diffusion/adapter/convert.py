@@ -11,63 +11,82 @@ from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProc
 from diffusers.utils import logging
 from torch import nn
 
-from ..mixers import PROJECTIONS, Mixer, MixerSpec, ProjectionDelta, create_mixer
+from ..mixers import LayerMixer, mixer_class
 from ..models import (
     AUTO,
     LAYER,
     MIXER,
+    AdapterAttnProcessor,
+    AutotuneHook,
     ConvertedLayer,
-    CrossoverHook,
+    EndHook,
     Finding,
     FocusedLinearAttnProcessor,
     GridHook,
-    Projection,
-    ReboundProcessor,
+    GuardHook,
+    Kind,
+    WrappedProcessor,
     find_projection,
     native_processor,
-    place_of,
-    rebind,
-    remove_crossover_hook,
     remove_hooks,
     softmax_below_on,
     stays_here,
     survey,
+    wrap,
 )
-from ..models.grid import GuardHook
-from .config import AdapterConfig
-from .handle import ADAPTER, OURS, Adapter
+from ..models.guiders import register_like
+from .adapter import Adapter
+from .config import AdapterConfig, resolve_config
+from .handle import ADAPTER, OURS, build_layer, place_of
 
 logger = logging.get_logger(__name__)
 
 _CONVERTIBLE = (AttnProcessor2_0, FusedAttnProcessor2_0)
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
+"""Names under which pipelines hold what predicts: Wan 2.2 has two, one for each half of the steps; Ideogram 4 one for
+each side of guidance."""
+
+
+class Denoisers(nn.ModuleDict):
+    """The denoisers of a pipeline that has several, by their name there: converted, saved and restored as one."""
 
 
 def resolve_model(model_or_pipeline: Any) -> nn.Module:
-    """The denoiser: a pipeline's `unet` or `transformer`, without torch.compile's or data-parallel wrappers.
+    """The denoiser, without torch.compile's or data-parallel wrappers; `Denoisers` of a pipeline that has several.
 
     Raises:
-        TypeError: neither a module nor a pipeline that holds one under these names.
+        TypeError: neither a module nor a pipeline that holds one under the names of `DENOISERS`.
     """
-    model = model_or_pipeline
-    if not isinstance(model, nn.Module):
-        found = [getattr(model, name, None) for name in ("unet", "transformer")]
-        model = next((part for part in found if isinstance(part, nn.Module)), None)
-    if model is None:
+    if isinstance(model_or_pipeline, nn.Module):
+        return _unwrapped(model_or_pipeline)
+    found = {name: getattr(model_or_pipeline, name, None) for name in DENOISERS}
+    parts = {name: _unwrapped(part) for name, part in found.items() if isinstance(part, nn.Module)}
+    if not parts:
         raise TypeError(
             f"{type(model_or_pipeline).__name__} is no module and has neither .unet nor .transformer: "
             "pass the model to convert."
         )
+    return next(iter(parts.values())) if len(parts) == 1 else Denoisers(parts)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+            model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         else:
             return model
 
 
-def linearize(model_or_pipeline: Any, config: AdapterConfig | None = None) -> Adapter:
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """The models that are called: those of `Denoisers`, or the one."""
+    return list(model.values()) if isinstance(model, Denoisers) else [model]
+
+
+def linearize(model_or_pipeline: Any, config: AdapterConfig | str | None = None) -> Adapter:
     """Replace the softmax self-attention of a diffusers model by learnable focused linear attention, in place.
 
     Every self-attention layer of the known families that holds a picture gets a mixer as the submodule
@@ -75,33 +94,37 @@ def linearize(model_or_pipeline: Any, config: AdapterConfig | None = None) -> Ad
     the model's real input at each forward pass, so any size and aspect ratio works, also under gradient checkpointing
     enabled by the model's own `enable_gradient_checkpointing`. Where picture and text share one sequence (SD3, Flux),
     attention from picture to picture becomes linear, and wherever text is query or key it stays softmax (see
-    `AdapterConfig.joint`). Key padding is honoured; calls with any other mask, cross-attention, temporal attention and
-    layers outside the known families stay softmax, bit for bit: see `Adapter.report`.
+    `flatten_diffusion.mixers.TextJoin`). Key padding is honoured; calls with any other mask, cross-attention, temporal
+    attention and layers outside the known families stay softmax, bit for bit: see `Adapter.report`.
 
     The new parameters have the dtype and device of their layer and require gradients. Freezing the model afterwards
     (peft's `add_adapter` does) freezes them too: `adapter.requires_grad_()` undoes that. They appear in the model's
     `state_dict`; save them with `Adapter.save_pretrained`, since diffusers' `from_pretrained` would drop them.
 
     Args:
-        model_or_pipeline: a model, or a pipeline with `.unet` or `.transformer`; other parts of a pipeline (a
-            ControlNet) are converted by passing them.
-        config: see `AdapterConfig`; None means its defaults.
+        model_or_pipeline: a model, or a pipeline with `.unet` or `.transformer`, all of whose denoisers are converted
+            (Wan 2.2 has two; layers are then named "transformer.blocks.0.attn1" and so on); other parts of a pipeline
+            (a ControlNet) are converted by passing them.
+        config: see `AdapterConfig`; None means its defaults. "training-free" stands for pyramid attention wherever that
+            is faster: pictures stay near the original's without any training, for several times the time of focused
+            linear attention.
 
     Returns:
         The adapter: parameters, `disabled()`, `report()`, `save_pretrained()`. Also at `model.flatten_adapter`.
 
     Raises:
-        TypeError: no model found.
+        TypeError: no model found, or no config.
         ValueError: the model is converted already, no layer can be converted, a pattern matches nothing, or a layer
             to convert runs sliced, xFormers or custom attention. Nothing is changed then.
     """
     model = resolve_model(model_or_pipeline)
-    config = AdapterConfig() if config is None else config
+    config = resolve_config(config)
     findings = survey(model)
     check_unconverted(model, findings)
     chosen = _choose(model, findings, config)
     check_processors(chosen)
-    return attach(model, config, findings, build_mixers(chosen, config))
+    check_supported(chosen, config)
+    return attach(model, config, findings, build_layers(chosen, config))
 
 
 def restore(model_or_pipeline: Any) -> None:
@@ -110,33 +133,39 @@ def restore(model_or_pipeline: Any) -> None:
     After `linearize` or `load_adapter`, every original processor object is put back on the layer it came from, and
     submodules, hooks and attributes are removed: outputs are bit-equal to before. A processor that something else put
     on a converted layer since is replaced too, with a warning; on other layers it stays (an IP-Adapter, say).
-    `set_attn_processor` keeps no originals: each layer then gets the default that diffusers gives a new layer of its
-    kind (AttnProcessor2_0; AttnAddedKVProcessor2_0 with added projections; FusedAttnProcessor2_0 while fused), which
-    is bit-equal to before if the layer ran its default before.
+    `set_attn_processor` alone keeps no originals: each layer then gets the default that diffusers gives a new layer of
+    its kind (AttnProcessor2_0; AttnAddedKVProcessor2_0 with added projections; FusedAttnProcessor2_0 while fused),
+    which is bit-equal to before if the layer ran its default before.
 
     Raises:
         TypeError: no model found.
         ValueError: nothing to restore.
     """
     model = resolve_model(model_or_pipeline)
-    adapter: Adapter | None = model.__dict__.get(ADAPTER)
-    findings = survey(model)
-    if adapter is None and not any(_is_ours(finding) for finding in findings):
-        raise ValueError(f"This {type(model).__name__} is not converted: there is nothing to restore.")
-    originals: Mapping[str, Any] = {} if adapter is None else adapter.originals
+    adapter: Adapter | None = next((p.__dict__[ADAPTER] for p in parts_of(model) if ADAPTER in p.__dict__), None)
     if adapter is not None:
-        _detach(model, adapter)
-    for finding in findings:
-        if _is_ours(finding):  # put there by set_attn_processor, on layers that the adapter left alone too
-            attn: Any = finding.attn
-            _set_processor(attn, originals[finding.name] if finding.name in originals else native_processor(attn))
+        model = adapter.model  # with all its parts, whichever was passed
+    findings = survey(model)
+    if not _is_converted(model, findings):
+        raise ValueError(f"This {type(model).__name__} is not converted: there is nothing to restore.")
+    if adapter is not None:
+        adapter.unmerge()
+        adapter.forget()
+    replaced = _take_off(model, findings, {} if adapter is None else adapter.kept)
+    if replaced:
+        logger.warning(f"restore replaced processors that were set after the conversion: {', '.join(replaced)}.")
 
 
 def check_unconverted(model: nn.Module, findings: Sequence[Finding]) -> None:
     """Raise ValueError when any layer of the model runs this library's processor already."""
-    converted = ADAPTER in model.__dict__ or any(hasattr(f.attn, LAYER) for f in findings)
-    if converted or any(_is_ours(finding) for finding in findings):
+    if _is_converted(model, findings):
         raise ValueError(f"This {type(model).__name__} is converted already: call restore() on it first.")
+
+
+def _is_converted(model: nn.Module, findings: Sequence[Finding]) -> bool:
+    """Whether anything of a conversion is on the model, were it only half done."""
+    traces = any(hasattr(f.attn, LAYER) or hasattr(f.attn, MIXER) or _is_ours(f) for f in findings)
+    return traces or any(ADAPTER in part.__dict__ for part in parts_of(model))
 
 
 def check_processors(chosen: Sequence[Finding]) -> None:
@@ -151,121 +180,111 @@ def check_processors(chosen: Sequence[Finding]) -> None:
                 "else replaced it), or exclude the layer."
             )
         if native:
-            rebind(attn.processor)  # raises when its source is of no use
+            wrap(attn.processor)  # raises when its source is of no use
         elif type(attn.processor) not in _CONVERTIBLE:
             raise ValueError(
                 f"{finding.name} runs {name}: put AttnProcessor2_0() back first (disable attention slicing, xFormers "
                 "or the custom processor), or exclude the layer."
             )
-        hook = getattr(_query(attn).module(attn), "_hf_hook", None)
+        query = find_projection(attn, "q")
+        _check_weight(finding.name, None if query is None else query.module(attn).weight)
+        hook = None if query is None else getattr(query.module(attn), "_hf_hook", None)
         if getattr(hook, "offload", False):
             raise ValueError(f"{finding.name} is offloaded layer by layer: convert before enabling sequential offload.")
 
 
-def _query(attn: nn.Module) -> Projection:
-    """The projection that tells a layer's device and dtype."""
-    query = find_projection(attn, "q")
-    assert query is not None, "every layer of a known family has a query projection"
-    return query
+def _check_weight(name: str, weight: torch.Tensor | None) -> None:
+    if getattr(weight, "device_mesh", None) is not None:
+        raise ValueError(f"{name} is sharded already: convert the model first, then shard it (fully_shard, a TP plan).")
+    if weight is not None and weight.is_inference():
+        raise ValueError(f"{name} was made under torch.inference_mode(), which allows no training: load it outside.")
 
 
-def build_mixers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, Mixer]:
-    """A fresh mixer per layer, by name, on the layer's device and in its dtype; nothing is attached yet."""
-    mixers = {}
+def check_supported(chosen: Sequence[Finding], config: AdapterConfig) -> None:
+    """Raise ValueError when a layer's mixer cannot do what the layer or the config asks of it at every call."""
     for finding in chosen:
-        attn: Any = finding.attn
-        weight = _query(attn).module(attn).weight
-        # Quantised and float8-stored weights do not tell the dtype that the layer computes in.
-        dtype = weight.dtype if weight.dtype in _FLOATS else _compute_dtype(attn)
-        power = config.focusing_factors.get(finding.name, config.focusing_factor)
-        joint = None if finding.place == "alone" else config.joint
-        mapped = finding.name in config.feature_maps
-        head_dim = attn.inner_dim // attn.heads
-        spec = MixerSpec(attn.heads, head_dim, power, config.kernel_size, joint, mapped, config.window)
-        mixer = create_mixer(config.mixer, spec, device=weight.device, dtype=dtype)
-        add_deltas(attn, mixer, config)
-        mixers[finding.name] = mixer
-    return mixers
+        name = config.mixer_of(finding.name).name
+        supports = mixer_class(name).supports
+        if config.window and "window" not in supports:
+            raise ValueError(f"{finding.name}: {name} cannot be combined with windows: convert with window=0.")
+        if finding.place != "alone" and "text" not in supports:
+            raise ValueError(
+                f"{finding.name}: {name} cannot be joined with other tokens (text): exclude the layer, or choose "
+                "another mixer."
+            )
 
 
-def add_deltas(attn: Any, mixer: Mixer, config: AdapterConfig) -> None:
-    """Give a mixer the projection deltas of `config` that it lacks; they add nothing yet.
-
-    A layer without such a projection of its own (Flux's single streams leave "out" to the block) goes without.
-    """
-    parameter = next(mixer.parameters(), None)
-    for name in config.deltas:
-        projection = find_projection(attn, name)
-        if name in mixer.deltas or projection is None:
-            continue
-        weight = projection.module(attn).weight if parameter is None else parameter
-        delta = ProjectionDelta(projection.in_features(attn), projection.out_features(attn), config.delta_rank)
-        mixer.deltas[name] = delta.to(device=weight.device, dtype=weight.dtype)
-    # Always in this order, whatever came first: parameter order decides rounding in sums over all of them.
-    mixer.deltas = nn.ModuleDict({name: mixer.deltas[name] for name in PROJECTIONS if name in mixer.deltas})
-
-
-def projection_of(attn: Any, name: str) -> Any:
-    """The linear module that holds the projection `name` (out of `PROJECTIONS`), LoRA around it included.
-
-    Raises:
-        ValueError: the layer has no such projection of its own.
-    """
-    projection = find_projection(attn, name)
-    if projection is None:
-        raise ValueError(f"{type(attn).__name__} has no {name} projection of its own.")
-    return projection.module(attn)
+def build_layers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, LayerMixer]:
+    """What each layer is to carry, by name; nothing is attached yet."""
+    return {f.name: build_layer(f.name, f.attn, f.place != "alone", config) for f in chosen}
 
 
 def attach(
     model: nn.Module,
     config: AdapterConfig,
     findings: Sequence[Finding],
-    mixers: Mapping[str, Mixer],
-    always_linear: Collection[str] = (),
+    layers: Mapping[str, LayerMixer],
+    always_converted: Collection[str] = (),
 ) -> Adapter:
-    """Put `mixers` on their layers and install processors and hooks. Everything was checked before: cannot fail.
+    """Put `layers` on their attention modules and install processors and hooks. Everything was checked before; where it
+    is interrupted all the same, the model is as it was.
 
-    `always_linear` names layers that are linear at every size although the config leaves that to measurement.
+    `always_converted` names layers that run their mixer at every size although the config leaves that to measurement.
     """
     if config.min_tokens == AUTO:  # timed here, before the model is touched; for `report` also where it decides nothing
-        for mixer in mixers.values():
-            if stays_here(place_of(mixer)[0]):
-                softmax_below_on(*place_of(mixer), config.mixer, mixer.spec)
-    plain = FocusedLinearAttnProcessor()
-    rebound: dict[int, ReboundProcessor] = {}
-    originals = {finding.name: finding.attn.processor for finding in findings}
-    layers: list[tuple[nn.Module, ConvertedLayer]] = []
-    hooked: dict[str, tuple[Finding, list[ConvertedLayer]]] = {}
+        for finding in findings:
+            if finding.name in layers and stays_here(place_of(finding.attn)[0]):
+                softmax_below_on(*place_of(finding.attn), Kind.of(layers[finding.name]))
+    try:
+        adapter = _attach(model, config, [f for f in findings if f.name in layers], layers, always_converted)
+        adapter.kept = {f.name: f.attn.processor for f in findings if f.name not in layers}
+        return adapter
+    except BaseException:
+        _take_off(model, findings, {})
+        raise
+
+
+def _attach(
+    model: nn.Module,
+    config: AdapterConfig,
+    findings: Sequence[Finding],
+    layers: Mapping[str, LayerMixer],
+    always_converted: Collection[str],
+) -> Adapter:
+    plain = AdapterAttnProcessor()
+    register_like(AdapterAttnProcessor, AttnProcessor2_0)
+    wrapped: dict[int, WrappedProcessor] = {}
+    states: list[tuple[nn.Module, ConvertedLayer]] = []
+    hooked: dict[tuple[str, Any, tuple[str, ...]], tuple[Finding, list[ConvertedLayer]]] = {}
+    min_tokens = config.min_tokens if isinstance(config.min_tokens, int) else 0
     for finding in findings:
-        if finding.name not in mixers:
-            continue
         attn = finding.attn
         native: Any = attn.processor
-        min_tokens = config.min_tokens if isinstance(config.min_tokens, int) else 0
-        layer = ConvertedLayer(finding.name, native, min_tokens, finding.place)
-        layer.auto = config.min_tokens == AUTO and finding.name not in always_linear
-        mixer = mixers[finding.name].train(attn.training)
-        attn.add_module(MIXER, mixer)
-        setattr(attn, LAYER, layer)
+        state = ConvertedLayer(finding.name, native, min_tokens, finding.place)
+        state.auto = config.min_tokens == AUTO and finding.name not in always_converted
+        setattr(attn, LAYER, state)
+        attn.add_module(MIXER, layers[finding.name].train(attn.training))
         if finding.family is not None and finding.family.native:
-            _set_processor(attn, rebound.setdefault(id(native), rebind(native)))
+            _set_processor(attn, wrapped.setdefault(id(native), wrap(native)))
         else:
             _set_processor(attn, plain)
-        layers.append((attn, layer))
-        # Without a convolution too: the hook is also what replays a layer's state under checkpointing.
+        states.append((attn, state))
+        # Without need of a grid too: the hook is also what replays a layer's state under checkpointing.
         if finding.family is not None and finding.family.read is not None:
-            hooked.setdefault(finding.owner_name, (finding, []))[1].append(layer)
+            key = (finding.owner_name, finding.family.read, finding.family.arguments)
+            hooked.setdefault(key, (finding, []))[1].append(state)
     for finding, below in hooked.values():
         assert finding.owner is not None and finding.family is not None and finding.family.read is not None
         hook = GridHook(finding.family.read, finding.argument_positions, below)
         finding.owner.register_forward_pre_hook(hook, with_kwargs=True)
-    model.register_forward_pre_hook(GuardHook(layers, OURS))
-    automatic = [(layer, mixers[layer.name]) for _, layer in layers if layer.auto]
-    if automatic:
-        model.register_forward_pre_hook(CrossoverHook(config.mixer, automatic), with_kwargs=True)
-    adapter = Adapter(model, config, dict(mixers), originals)
-    setattr(model, ADAPTER, adapter)
+        finding.owner.register_forward_hook(EndHook(below), always_call=True)
+    automatic = [(state, layers[state.name], place_of(attn)) for attn, state in states if state.auto]
+    adapter = Adapter(model, config, [finding.name for finding in findings])
+    for part in parts_of(model):
+        part.register_forward_pre_hook(GuardHook(states, OURS))
+        if automatic:
+            part.register_forward_pre_hook(AutotuneHook(automatic), with_kwargs=True)
+        setattr(part, ADAPTER, adapter)
     return adapter
 
 
@@ -285,9 +304,9 @@ def _choose(model: nn.Module, findings: Sequence[Finding], config: AdapterConfig
             + ("; ".join(reasons) if reasons else "it has no attention layers")
             + "."
         )
-    unknown = sorted(set(config.focusing_factors) - {finding.name for finding in image})
+    unknown = sorted(set(config.overrides) - {finding.name for finding in image})
     if unknown:
-        raise ValueError(f"focusing_factors names {unknown[0]!r}, which {type(model).__name__} cannot convert.")
+        raise ValueError(f"overrides names {unknown[0]!r}, which {type(model).__name__} cannot convert.")
     chosen = [finding for finding in image if selected(finding.name, config)]
     if not chosen:
         raise ValueError(f"include and exclude leave none of the {len(image)} convertible layers: widen them.")
@@ -305,25 +324,42 @@ def _included(name: str, config: AdapterConfig) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in config.include or ())
 
 
-def _detach(model: nn.Module, adapter: Adapter) -> None:
-    adapter.unmerge()
+def _take_off(model: nn.Module, findings: Sequence[Finding], kept: Mapping[str, Any]) -> list[str]:
+    """Everything that a conversion put on the model, whole or half; returns what else was replaced by it.
+
+    `kept`: processors that other layers ran at the conversion, for those that run one of ours by now.
+    Each step can be repeated: a restore that was interrupted is finished by the next.
+    """
     replaced = []
-    for name, attn in adapter.attention_modules():
-        if not isinstance(attn.processor, OURS):
-            replaced.append(f"{name} ({type(attn.processor).__name__})")
-        _set_processor(attn, adapter.originals[name])
-        delattr(attn, MIXER)
-        delattr(attn, LAYER)
+    for finding in findings:
+        attn: Any = finding.attn
+        state: ConvertedLayer | None = getattr(attn, LAYER, None)
+        if state is not None:
+            if not _is_ours(finding) and attn.processor is not state.native and not _unfused(attn, state):
+                replaced.append(f"{finding.name} ({type(attn.processor).__name__})")
+            if not _unfused(attn, state):
+                _set_processor(attn, state.native)
+        elif _is_ours(finding):  # put there by set_attn_processor, or by diffusers, which had kept it
+            native = attn.processor.native if isinstance(attn.processor, WrappedProcessor) else native_processor(attn)
+            _set_processor(attn, kept.get(finding.name, native))
+        if hasattr(attn, MIXER):
+            delattr(attn, MIXER)
+        if state is not None:
+            delattr(attn, LAYER)
     remove_hooks(model)
-    remove_crossover_hook(model)
-    delattr(model, ADAPTER)
-    adapter.forget()
-    if replaced:
-        logger.warning(f"restore replaced processors that were set after the conversion: {', '.join(replaced)}.")
+    for part in parts_of(model):
+        part.__dict__.pop(ADAPTER, None)
+    return replaced
+
+
+def _unfused(attn: Any, state: ConvertedLayer) -> bool:
+    """Whether projections that were fused at the conversion were unfused since, which put the right processor back."""
+    now = type(attn.processor).__name__
+    return "Fused" in type(state.native).__name__ and now == type(state.native).__name__.replace("Fused", "")
 
 
 def _is_ours(finding: Finding) -> bool:
-    return isinstance(finding.attn.processor, OURS)
+    return isinstance(finding.attn.processor, (FocusedLinearAttnProcessor, WrappedProcessor))
 
 
 def _set_processor(attn: Any, processor: Any) -> None:
@@ -331,7 +367,3 @@ def _set_processor(attn: Any, processor: Any) -> None:
         attn.set_processor(processor)
     else:  # MochiAttention
         attn.processor = processor
-
-
-def _compute_dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.dtype in _FLOATS), torch.float32)

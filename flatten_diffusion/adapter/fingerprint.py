@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..mixers import Mixer
+from ..mixers import LayerMixer
 
 # Added beside a base model's own parameters by peft (LoRA), fused projections and IP-Adapters.
 _ADDED_PARTS = frozenset({"to_qkv", "to_kv", "to_added_qkv", "processor"})
@@ -21,7 +21,12 @@ def fingerprint(model: nn.Module) -> str:
     adapters, LoRA layers, fused projections or IP-Adapters that are loaded at the moment.
     """
     lines = sorted(f"{name} {list(shape)}" for name, shape in _parameters(model))
-    return hashlib.sha256("\n".join([type(model).__name__, *lines]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([class_name(model), *lines]).encode()).hexdigest()
+
+
+def class_name(model: nn.Module) -> str:
+    """Of the model as its author wrote it: sharding (FSDP2) derives classes of its own."""
+    return next(cls.__name__ for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed"))
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -29,10 +34,13 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     for path, module in model.named_modules():
         parts = path.split(".")
         inside_skipped = any(path.startswith(prefix) for prefix in skipped)
-        if inside_skipped or isinstance(module, Mixer) or type(module).__name__ in _ADDED_CLASSES:
+        if inside_skipped or isinstance(module, LayerMixer) or type(module).__name__ in _ADDED_CLASSES:
             skipped.append(f"{path}.")
             continue
-        if _ADDED_PARTS.intersection(parts) or any(part.startswith("lora_") for part in parts):
+        added = _ADDED_PARTS.intersection(parts)
+        if "to_qkv" in added and not hasattr(model.get_submodule(path.partition(".to_qkv")[0]), "to_q"):
+            added = added - {"to_qkv"}  # the layer's only projection, not a fused copy
+        if added or any(part.startswith("lora_") for part in parts):
             continue
         name = ".".join(part for part in parts if part != "base_layer")
         for parameter_name, parameter in module.named_parameters(recurse=False):

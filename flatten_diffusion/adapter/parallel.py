@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..mixers import pictures_of
-from ..models import LAYER, survey
+from ..models import survey
 from ..ops import even_rows
-from .handle import Adapter
+from .handle import AdapterHandle
 
 # Class -> the module whose output is the picture's tokens, and the one whose output becomes a picture again. What lies
 # between looks at one token at a time, but for self-attention (and cross-attention, whose queries stand alone too).
@@ -25,19 +25,21 @@ _BETWEEN = {
 
 
 @contextmanager
-def token_parallel(adapter: Adapter, group: Any) -> Iterator[nn.Module]:
+def token_parallel(handle: AdapterHandle, group: Any) -> Iterator[nn.Module]:
     """See `Adapter.token_parallel`."""
-    model = adapter.model
-    first, last = _check(adapter)
+    model = handle.model
+    first, last = _check(handle)
     if not dist.is_initialized():
         raise RuntimeError("token_parallel needs torch.distributed: start with torchrun and init_process_group first.")
     processes: Any = dist.group.WORLD if group is None else group
-    layers = [getattr(attn, LAYER) for _, attn in adapter.attention_modules()]
-    if any(layer.split for layer in layers):
+    layers = [layer for _, layer, _ in handle.converted_layers()]
+    if any(layer.group is not None for layer in layers):
         raise RuntimeError("token_parallel() does not nest.")
 
     def rows() -> tuple[int, ...]:
-        return even_rows(pictures_of(layers[0].grid)[0][1], dist.get_world_size(processes))
+        grid = layers[0].grid
+        assert grid is not None, "the grid hook ran before"
+        return even_rows(pictures_of(grid)[0][1], dist.get_world_size(processes))
 
     def take(module: nn.Module, args: Any, tokens: torch.Tensor) -> torch.Tensor:
         return _own_rows(tokens, rows(), dist.get_rank(processes))
@@ -49,28 +51,27 @@ def token_parallel(adapter: Adapter, group: Any) -> Iterator[nn.Module]:
     hooks = [model.get_submodule(first).register_forward_hook(take)]
     hooks.append(model.get_submodule(last).register_forward_hook(gather))
     for layer in layers:
-        layer.split, layer.min_tokens = True, 0
-    for _, mixer in adapter.mixers():
-        mixer.group = processes
+        layer.group, layer.min_tokens = processes, 0
     try:
         yield model
     finally:
         for hook in hooks:
             hook.remove()
         for layer, min_tokens in kept:
-            layer.split, layer.min_tokens = False, min_tokens
-        for _, mixer in adapter.mixers():
-            mixer.group = None
+            layer.group, layer.min_tokens = None, min_tokens
 
 
-def _check(adapter: Adapter) -> tuple[str, str]:
-    model = adapter.model
+def _check(handle: AdapterHandle) -> tuple[str, str]:
+    model = handle.model
     name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in _BETWEEN), None)
     if name is None:
         raise ValueError(f"token_parallel knows {', '.join(_BETWEEN)} only, not {type(model).__name__}.")
-    if adapter.config.window:
-        raise ValueError("token_parallel cannot split windows over processes: convert with window=0.")
-    left = [row.name for row in survey(model) if row.reason is None and row.name not in adapter.layers]
+    for path, mixer in handle.layer_mixers():
+        if mixer.window is not None:
+            raise ValueError(f"{path}: windows cannot be split over processes: convert with window=0.")
+        if "split" not in mixer.mixer.supports:
+            raise ValueError(f"{path}: {mixer.mixer.config.name} cannot be split over processes: choose another mixer.")
+    left = [row.name for row in survey(model) if row.reason is None and row.name not in handle.layers]
     if left:
         raise ValueError(f"{left[0]} stayed softmax, which needs every token in one process: convert every layer.")
     return _BETWEEN[name]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from ..mixers import Grid, describe_grid
+from ..mixers import Grid, LayerMixer, count_tokens, describe_grid
+from ..models import AUTO, LAYER, MIXER, ConvertedLayer, Finding, Kind, heads_of, inner_dim_of, known_ratio, survey
+from .handle import OURS, AdapterHandle, place_of
 
 
 @dataclass(frozen=True)
@@ -69,3 +72,66 @@ def _cells(layer: LayerReport) -> tuple[str, str, str, str, str]:
     shape = "-" if layer.heads is None else f"{layer.heads} x {layer.head_dim}"
     grid = "-" if layer.grid is None else describe_grid(layer.grid).replace("x", " x ")
     return layer.name, "linear" if layer.converted else "softmax", shape, grid, layer.reason
+
+
+def report(handle: AdapterHandle) -> Report:
+    """See `Adapter.report`."""
+    rows = []
+    for finding in survey(handle.model):
+        attn: Any = finding.attn
+        layer: ConvertedLayer | None = getattr(attn, LAYER, None)
+        heads, head_dim = _shape(attn)
+        rows.append(
+            LayerReport(
+                name=finding.name,
+                converted=layer is not None and isinstance(attn.processor, OURS),
+                reason=_reason(handle, finding, attn, layer),
+                heads=heads,
+                head_dim=head_dim,
+                grid=None if layer is None else layer.last_grid,
+                time_ratio=None if layer is None else _time_ratio(attn, layer),
+            )
+        )
+    return Report(type(handle.model).__name__, tuple(rows))
+
+
+def _shape(attn: Any) -> tuple[int | None, int | None]:
+    """Heads and their size, as far as the module says."""
+    try:
+        heads = heads_of(attn)
+        return heads, inner_dim_of(attn) // heads
+    except (AssertionError, ValueError):
+        return getattr(attn, "heads", None), None
+
+
+def _reason(handle: AdapterHandle, finding: Finding, attn: Any, layer: ConvertedLayer | None) -> str:
+    if layer is None:
+        return finding.reason or finding.offered or "not selected by include and exclude"
+    if not isinstance(attn.processor, OURS):
+        return f"its processor was replaced by {type(attn.processor).__name__} after the conversion"
+    mixer: LayerMixer = getattr(attn, MIXER)
+    text = mixer.mixer.config.name
+    if mixer.window is not None:
+        text += f" beyond windows of {mixer.window.size}"
+    if mixer.text is not None:
+        text += " within the picture, softmax to and from other tokens"
+    if "grid" in mixer.needs:
+        text += f", grid from {finding.family.owner if finding.family else ''}"
+    if layer.min_tokens:
+        text += f", softmax below {layer.min_tokens} tokens" + (" (measured)" if layer.auto else "")
+    elif handle.config.min_tokens == AUTO and not layer.auto:
+        text += ", converted at every size: its weights are trained for it"
+    ratio = _time_ratio(attn, layer)
+    if ratio is not None and ratio > 1:
+        text += f", {ratio:.2f} times softmax's time at this size"
+    if layer.last_softmax is not None:
+        text += f", softmax in the last pass: {layer.last_softmax}"
+    return text + ("" if layer.enabled else ", disabled at the moment")
+
+
+def _time_ratio(attn: Any, layer: ConvertedLayer) -> float | None:
+    """Of the layer's product to softmax's, where the size of the last pass was converted and ever timed."""
+    tokens = 0 if layer.last_grid is None else count_tokens(layer.last_grid)
+    if tokens == 0 or tokens < layer.min_tokens:
+        return None
+    return known_ratio(*place_of(attn), Kind.of(getattr(attn, MIXER)), tokens)

@@ -3,10 +3,8 @@
 from .batches import NoisyBatch, NoisyBatches
 from .cache import CacheSettings, LatentCache, build_cache
 from .calibrate import CalibrationSettings, LayerFit, calibrate
-from .choose import LayerChoice
 from .diffusion import Diffusion
 from .distiller import STAGES, Distiller, DistillSettings, Progress, StageSettings
-from .maps import MapChoice
 from .objective import Gap, LossWeights, Objective, measure_gap
 from .sources import Example, hub_dataset, image_folder, prompt_file, prompts_as_examples
 from .transfer import transfer_step
@@ -23,8 +21,6 @@ __all__ = [
     "LatentCache",
     "LayerFit",
     "LossWeights",
-    "LayerChoice",
-    "MapChoice",
     "NoisyBatch",
     "NoisyBatches",
     "Objective",

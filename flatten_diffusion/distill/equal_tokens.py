@@ -7,34 +7,28 @@ wherever it is a key, gives what all of them give.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from ..mixers.joint import SharedNormalizer
-from ..models import MIXER, ReboundProcessor
+from ..models import LAYER, WrappedProcessor
 
 
-class CountedLastKey(TorchFunctionMode):
-    """Within it, the last key of every scaled dot-product attention counts `counts` [B] times, for each sample."""
-
-    def __init__(self, counts: torch.Tensor) -> None:
-        super().__init__()
-        self.bias = counts.float().log().reshape(-1, 1, 1, 1)
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        query, key, value, given = (*args, kwargs.pop("attn_mask", None))[:4]
-        if given is not None:
-            raise RuntimeError("A masked attention cannot count its last key: feed all tokens.")
-        mask = F.pad(self.bias.to(query.dtype), (key.shape[-2] - 1, 0))
-        return function(query, key, value, mask.expand(-1, -1, query.shape[-2], -1), *args[4:], **kwargs)
+@contextmanager
+def counted_last_key(model: nn.Module, counts: torch.Tensor) -> Iterator[None]:
+    """Inside, the last key of every attention of a converted model counts `counts` [B] times, for each sample."""
+    layers = [getattr(module, LAYER) for module in model.modules() if hasattr(module, LAYER)]
+    try:
+        for layer in layers:
+            layer.count_last_key(counts)
+        yield
+    finally:
+        for layer in layers:
+            layer.count_last_key(None)
 
 
 def merge_zeros(embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,17 +46,11 @@ def repeat_last(embeddings: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def can_count(model: nn.Module) -> bool:
-    """Whether a joint transformer, converted or not, gives with a counted token what it gives with all of them.
-
-    It must see the text in every attention, as the last keys, through PyTorch's own product and in one pass.
-    """
-    if getattr(model, "gradient_checkpointing", False):  # recomputes outside of the mode
-        return False
+    """Whether a joint transformer gives with a counted token what it gives with all of them: every attention is a
+    converted one that sees the text, as its last keys."""
     return all(_counts(module) for module in model.modules() if hasattr(module, "processor"))
 
 
 def _counts(attn: Any) -> bool:
-    native = attn.processor.native if isinstance(attn.processor, ReboundProcessor) else attn.processor
-    mixer = getattr(attn, MIXER, None)
-    exact = mixer is None or isinstance(mixer.joint, SharedNormalizer)
-    return type(native) is JointAttnProcessor2_0 and attn.add_k_proj is not None and exact
+    converted = hasattr(attn, LAYER) and isinstance(attn.processor, WrappedProcessor)
+    return converted and type(attn.processor.native) is JointAttnProcessor2_0 and attn.add_k_proj is not None

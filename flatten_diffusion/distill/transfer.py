@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
+from .capture import LayerCapture, capture_teacher
 from .objective import relative_error
-from .record import LayerCall, watch_teacher
 
 
 def transfer_step(
@@ -33,7 +33,7 @@ def transfer_step(
     """
     losses: dict[str, torch.Tensor] = {}
 
-    def consume(call: LayerCall) -> None:
+    def consume(call: LayerCapture) -> None:
         with torch.enable_grad():
             answer = call.student()
             if not answer.requires_grad:  # softmax in this pass
@@ -45,6 +45,6 @@ def transfer_step(
             backward(loss)
         losses[call.name] = loss.detach()
 
-    with torch.no_grad(), watch_teacher(adapter, consume):
+    with torch.no_grad(), capture_teacher(adapter, consume):
         run_teacher()
     return losses

@@ -1,29 +1,57 @@
-"""Mixers: one module per mechanism, holding what one attention layer learns. Found by name in the registry."""
+"""Mixers: one file per mechanism, holding what one attention layer learns. Found by name in the registry."""
 
-from .base import Mixer, MixerSpec, create_mixer, list_mixers, register_mixer
-from .deltas import PROJECTIONS, ProjectionDelta
-from .focused import FeatureMap, FocusedLinearAttention
+from .agent import AgentAttention, AgentCalibration, AgentConfig
+from .base import Calibration, Context, LayerShape, Mixed, Mixer, MixerConfig
+from .calibration import CalibratedLayer, LayerCall, MixerInputs, Reduce, Statistic, Weights
+from .focused import FocusedCalibration, FocusedLinearAttention, FocusedLinearConfig
 from .grid import Grid, count_tokens, describe_grid, pictures_of
-from .joint import GatedBranches, JointAttention, SharedNormalizer, list_joints
-from .window import WindowAttention
+from .layer import LayerMixer
+from .parts.deltas import PROJECTIONS, ProjectionDelta
+from .parts.feature_maps import FeatureMap, LayerChoice
+from .parts.shares import JoinInputs
+from .parts.text import OtherTokens, TextJoin
+from .parts.window import WindowAttention
+from .pyramid import PyramidAttention, PyramidConfig
+from .registry import create_mixer, list_mixers, mixer_class, mixer_config, register_mixer, seeded
 
 __all__ = [
     "PROJECTIONS",
+    "AgentAttention",
+    "AgentCalibration",
+    "AgentConfig",
+    "CalibratedLayer",
+    "Calibration",
+    "Context",
     "FeatureMap",
+    "FocusedCalibration",
     "FocusedLinearAttention",
+    "FocusedLinearConfig",
     "Grid",
-    "GatedBranches",
-    "JointAttention",
+    "JoinInputs",
+    "LayerCall",
+    "LayerChoice",
+    "LayerMixer",
+    "LayerShape",
+    "Mixed",
     "Mixer",
-    "MixerSpec",
+    "MixerConfig",
+    "MixerInputs",
+    "OtherTokens",
     "ProjectionDelta",
-    "SharedNormalizer",
+    "PyramidAttention",
+    "PyramidConfig",
+    "Reduce",
+    "Statistic",
+    "TextJoin",
+    "Weights",
     "WindowAttention",
     "count_tokens",
     "create_mixer",
     "describe_grid",
-    "list_joints",
     "list_mixers",
+    "mixer_class",
+    "mixer_config",
     "pictures_of",
     "register_mixer",
+    "seeded",
 ]

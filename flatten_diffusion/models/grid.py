@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..mixers import Grid
-from .layer import ConvertedLayer, Reading
+from .autotune import AutotuneHook
+from .layer import ConvertedLayer, Reading, Snapshot
 
 Read = Callable[..., "Grid | Reading"]
 
@@ -29,18 +30,35 @@ class GridHook:
         self.layers = list(layers)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(layer.enabled or layer.observed for layer in self.layers):
+        if any(layer.enabled or layer.state.recorder is not None for layer in self.layers):
             values = [args[at] if len(args) > at else kwargs.get(name) for name, at in self.arguments]
             read = self.read(module, *values)
             reading = read if isinstance(read, Reading) else Reading(read)
             for layer in self.layers:
-                layer.reading = reading
-                layer.masked = False
+                layer.begin(reading)
         # A compiled graph has the grid inside and recomputes without Python: only eager checkpoints need replaying.
         if not torch.compiler.is_compiling() and getattr(module, "gradient_checkpointing", False):
             checkpoint: Any = module._gradient_checkpointing_func
             if not isinstance(checkpoint, GridCheckpoint):
-                module._gradient_checkpointing_func = GridCheckpoint(checkpoint, self.layers)  # type: ignore[assignment]
+                checkpoint = GridCheckpoint(checkpoint, self.layers)
+                module._gradient_checkpointing_func = checkpoint
+            # A module that sees several sequences has a hook for each, and one checkpointing function for all.
+            checkpoint.layers += [layer for layer in self.layers if layer not in checkpoint.layers]
+
+
+class EndHook:
+    """Forward hook of the same module: what the pass knew is gone after it, also when it fails.
+
+    Args:
+        layers: those of the `GridHook`.
+    """
+
+    def __init__(self, layers: Sequence[ConvertedLayer]) -> None:
+        self.layers = list(layers)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for layer in self.layers:
+            layer.end()
 
 
 class GridCheckpoint:
@@ -65,19 +83,19 @@ class _Replay:
     def __init__(self, block: Callable[..., Any], layers: Sequence[ConvertedLayer]) -> None:
         self.block = block
         self.layers = layers
-        self.states = [(layer.reading, layer.enabled) for layer in layers]
+        self.states = [layer.snapshot() for layer in layers]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        current = [(layer.reading, layer.enabled) for layer in self.layers]
+        current = [layer.snapshot() for layer in self.layers]
         self._set(self.states)
         try:
             return self.block(*args, **kwargs)
         finally:
             self._set(current)
 
-    def _set(self, states: Sequence[tuple[Reading | None, bool]]) -> None:
-        for layer, (reading, enabled) in zip(self.layers, states, strict=True):
-            layer.reading, layer.enabled = reading, enabled
+    def _set(self, states: Sequence[Snapshot]) -> None:
+        for layer, state in zip(self.layers, states, strict=True):
+            layer.replay(state)
 
 
 class GuardHook:
@@ -89,20 +107,26 @@ class GuardHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         for attn, layer in self.layers:
-            if not isinstance(attn.processor, self.expected):
+            if layer.enabled and not isinstance(attn.processor, self.expected):
                 raise RuntimeError(
                     f"{layer.name}: its processor was replaced by {type(attn.processor).__name__} after linearize: "
-                    "undo that, or call restore() and convert again."
+                    "undo that, or call restore() and convert again (with this layer in `exclude`, where the other "
+                    "processor shall stay)."
                 )
 
 
 def remove_hooks(model: nn.Module) -> None:
-    """Take every hook of this module, and every wrapped checkpointing function, off `model`."""
+    """Take every hook of the conversion, and every wrapped checkpointing function, off `model`."""
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, (GridHook, GuardHook)):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for hooks, options in (
+            (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+            (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+        ):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, (GridHook, GuardHook, EndHook, AutotuneHook)):
+                    del hooks[key]
+                    for option in options:
+                        option.pop(key, None)
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, GridCheckpoint):
             module._gradient_checkpointing_func = checkpoint.function  # type: ignore[assignment]

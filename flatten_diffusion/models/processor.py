@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,9 +11,10 @@ from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_
 from diffusers.utils import deprecate
 from torch import nn
 
-from ..mixers import MixerSpec
+from ..mixers import FocusedLinearConfig, LayerShape
 from ..ops import BACKENDS, focused_linear_attention
-from .crossover import AUTO, softmax_below
+from .attention import mix, skips_scores, unsupported
+from .autotune import AUTO, Kind, softmax_below
 from .layer import LAYER, MIXER, ConvertedLayer, native_processor
 
 
@@ -30,11 +31,11 @@ class FocusedLinearAttnProcessor:
     the processors it replaces: `restore` then puts diffusers' own defaults back.
 
     Args:
-        focusing_factor: power of the focused map, positive (Han et al., ICCV 2023, eq. 5-6).
-        min_tokens: calls with fewer tokens stay softmax. "auto": fewer than from which linear attention is faster on
-            the call's device, in its dtype and at its head size; timed at the first such call and kept on disk (see
-            `AdapterConfig`).
-        backend: see `focused_linear_attention`.
+        focusing_factor: power of the focused map, positive; 3 unless given (Han et al., ICCV 2023, eq. 5-6).
+        min_tokens: calls with fewer tokens stay softmax; 0 unless given. "auto": fewer than from which linear attention
+            is faster on the call's device, in its dtype and at its head size; timed at the first such call and kept on
+            disk (see `AdapterConfig`).
+        backend: see `focused_linear_attention`; "auto" unless given.
 
     Raises:
         ValueError: an argument out of range.
@@ -42,18 +43,36 @@ class FocusedLinearAttnProcessor:
             (joint text-image attention, rotary embeddings).
     """
 
+    settings: tuple[float, int | Literal["auto"], str] = (3.0, 0, "auto")
+
     def __init__(
-        self, focusing_factor: float = 3.0, min_tokens: int | Literal["auto"] = 0, backend: str = "auto"
+        self,
+        focusing_factor: float | None = None,
+        min_tokens: int | Literal["auto"] | None = None,
+        backend: str | None = None,
     ) -> None:
-        if not 0 < focusing_factor < math.inf:
-            raise ValueError(f"focusing_factor is {focusing_factor}: pass a positive, finite number.")
-        if min_tokens != AUTO and (not isinstance(min_tokens, int) or min_tokens < 0):
-            raise ValueError(f"min_tokens is {min_tokens!r}: pass a whole number, 0 or more, or 'auto'.")
-        if backend not in BACKENDS:
-            raise ValueError(f"Unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
-        self.focusing_factor = focusing_factor
-        self.min_tokens = min_tokens
-        self.backend = backend
+        known_factor, known_tokens, known_name = type(self).settings
+        factor = known_factor if focusing_factor is None else focusing_factor
+        tokens = known_tokens if min_tokens is None else min_tokens
+        name = known_name if backend is None else backend
+        self.config = FocusedLinearConfig(factor, kernel_size=0)
+        if tokens != AUTO and (not isinstance(tokens, int) or tokens < 0):
+            raise ValueError(f"min_tokens is {tokens!r}: pass a whole number, 0 or more, or 'auto'.")
+        if name not in BACKENDS:
+            raise ValueError(f"Unknown backend {name!r}: choose one of {', '.join(BACKENDS)}.")
+        self.min_tokens, self.backend = tokens, name
+        given = (self.config.focusing_factor, tokens, name)
+        if given != type(self).settings:
+            # `load_ip_adapter` makes processors anew as `type(processor)()`: the class has to know the settings.
+            self.__class__ = _class_with(given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.settings,)
+
+    @property
+    def focusing_factor(self) -> float:
+        """The power of the map."""
+        return self.config.focusing_factor
 
     # diffusers filters keyword arguments by this signature: the native one, then those of processors that cannot be
     # replaced by this one, so that they arrive and raise instead of being dropped.
@@ -74,11 +93,9 @@ class FocusedLinearAttnProcessor:
         """See `Attention.forward`: hidden_states [B, N, C] or [B, C, height, width], the output has the same shape."""
         _check_replaceable(attn, image_rotary_emb, rotary_emb, query_rotary_emb, freqs_cis)
         layer: ConvertedLayer | None = getattr(attn, LAYER, None)
-        native = native_processor(attn) if layer is None else layer.native
-        if (
-            (layer is not None and not layer.enabled)
-            or not _is_self_attention(attn, hidden_states, encoder_hidden_states, attention_mask)
-            or _count_tokens(hidden_states) < self._softmax_below(attn, layer, hidden_states)
+        native = self._native(attn) if layer is None else layer.native
+        if not _is_self_attention(attn, hidden_states, encoder_hidden_states, attention_mask) or self._stays_softmax(
+            attn, layer, hidden_states
         ):
             if attn.added_kv_proj_dim is not None:  # has no `temb`
                 return native(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
@@ -86,18 +103,26 @@ class FocusedLinearAttnProcessor:
         if len(args) > 0 or kwargs.get("scale") is not None:
             deprecate("scale", "1.0.0", "`scale` is ignored: pass it to the pipeline as `cross_attention_kwargs`.")
         fused = isinstance(native, FusedAttnProcessor2_0)
-        return self._focused(attn, layer, hidden_states, temb, fused)
+        return self._mixed(attn, layer, hidden_states, temb, fused)
 
-    def _softmax_below(self, attn: Attention, layer: ConvertedLayer | None, hidden_states: torch.Tensor) -> int:
-        """The number of tokens below which this call stays softmax."""
+    def _native(self, attn: Attention) -> Any:
+        return native_processor(attn)
+
+    def _stays_softmax(self, attn: Attention, layer: ConvertedLayer | None, hidden_states: torch.Tensor) -> bool:
+        tokens = _count_tokens(hidden_states)
         if layer is not None:
-            return layer.min_tokens
+            reason = layer.stays_softmax(tokens)
+            if reason is None:
+                reason = unsupported(getattr(attn, MIXER), layer.grid, None)
+                if reason is not None and not torch.compiler.is_compiling():
+                    layer.last_softmax = reason
+            return reason is not None
         if isinstance(self.min_tokens, int):
-            return self.min_tokens
-        spec = MixerSpec(attn.heads, attn.inner_dim // attn.heads, self.focusing_factor, kernel_size=0)
-        return softmax_below(hidden_states, "focused_linear", spec)
+            return tokens < self.min_tokens
+        shape = LayerShape(attn.heads, attn.inner_dim // attn.heads, attn.query_dim)
+        return tokens < softmax_below(hidden_states, Kind(self.config, shape))
 
-    def _focused(
+    def _mixed(
         self,
         attn: Attention,
         layer: ConvertedLayer | None,
@@ -121,12 +146,13 @@ class FocusedLinearAttnProcessor:
                 query, key, value, focusing_factor=self.focusing_factor, backend=self.backend
             )
         else:
-            mixer = getattr(attn, MIXER)
-            grid = None
-            if mixer.uses_grid:
-                grid = layer.grid_of(query.shape[1]) if picture_shape is None else tuple(picture_shape[2:])
-            mixed, _ = mixer.attend(query, key, value, grid, scale=attn.scale)
-        # `upcast_attention` asks for float32 inside the product: the operator always accumulates in float32.
+            grid = None if picture_shape is None else (picture_shape[2], picture_shape[3])
+            mixed = (
+                value
+                if skips_scores(attn)
+                else mix(layer, getattr(attn, MIXER), query, key, value, grid, None, attn.scale, hidden_states)
+            )
+        # `upcast_attention` asks for float32 inside the product: every mixer accumulates in float32.
         mixed = mixed.flatten(2).to(query.dtype)
 
         hidden_states = attn.to_out[0](mixed)
@@ -138,6 +164,31 @@ class FocusedLinearAttnProcessor:
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
+
+
+class AdapterAttnProcessor(FocusedLinearAttnProcessor):
+    """What `linearize` puts on layers that ran AttnProcessor2_0: on a layer that carries no mixer it is diffusers' own
+    default, so that one left behind (diffusers stashes processors while projections are fused) does nothing."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AdapterAttnProcessor, ()
+
+    def _native(self, attn: Attention) -> Any:
+        return native_processor(attn, fused=False)
+
+    def _stays_softmax(self, attn: Attention, layer: ConvertedLayer | None, hidden_states: torch.Tensor) -> bool:
+        return layer is None or super()._stays_softmax(attn, layer, hidden_states)
+
+
+@functools.cache
+def _class_with(settings: tuple[float, int | Literal["auto"], str]) -> type[FocusedLinearAttnProcessor]:
+    """A subclass that is this processor with these settings when it is made without arguments."""
+    base = FocusedLinearAttnProcessor
+    return type(base.__name__, (base,), {"settings": settings, "__module__": base.__module__})
+
+
+def _unpickled(settings: tuple[float, int | Literal["auto"], str]) -> FocusedLinearAttnProcessor:
+    return FocusedLinearAttnProcessor(*settings)
 
 
 def _check_replaceable(attn: Any, *rotary: Any) -> None:

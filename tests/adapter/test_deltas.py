@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from flatten_diffusion import AdapterConfig, linearize, load_adapter, restore
+from flatten_diffusion import AdapterConfig, FocusedLinearConfig, linearize, load_adapter, restore
 
 from ..models.tiny import build, stir
 
@@ -25,7 +25,7 @@ def test_deltas_from_nothing_to_disk_and_back(tmp_path: Path, name: str, rank: i
     assert torch.equal(tiny(), raw)
     stir(adapter)
     stirred = tiny()
-    for layer, mixer in adapter.mixers():
+    for layer, mixer in adapter.layer_mixers():
         assert list(mixer.deltas) == list(ALL), layer
     with adapter.disabled():
         assert torch.equal(tiny(), base)
@@ -47,7 +47,7 @@ def test_every_delta_matters_and_learns() -> None:
     for key, parameter in adapter.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
     for projection in ALL:
-        mixer = next(mixer for _, mixer in adapter.mixers())
+        mixer = next(mixer for _, mixer in adapter.layer_mixers())
         kept = {key: value.clone() for key, value in mixer.deltas[projection].state_dict().items()}
         nn.init.zeros_(mixer.deltas[projection].bias)
         assert not torch.equal(tiny(), whole), projection
@@ -137,25 +137,29 @@ def test_merge_is_refused_where_small_calls_stay_softmax() -> None:
     assert torch.equal(tiny(), expected)
 
 
-def test_focusing_factors_per_layer(tmp_path: Path) -> None:
+def test_a_mixer_of_its_own_per_layer(tmp_path: Path) -> None:
     tiny = build("sd15")
     layer = linearize(tiny.model).layers[1]
     restore(tiny.model)
-    adapter = linearize(tiny.model, AdapterConfig(focusing_factors={layer: 1.5}))
-    assert [mixer.spec.focusing_factor for name, mixer in adapter.mixers() if name == layer] == [1.5]
+    own = FocusedLinearConfig(focusing_factor=1.5, kernel_size=3)
+    adapter = linearize(tiny.model, AdapterConfig(overrides={layer: own}))
+    mixers = dict(adapter.mixers())
+    assert {name: mixer.config for name, mixer in mixers.items() if name != layer} == {
+        name: FocusedLinearConfig() for name in adapter.layers if name != layer
+    }
+    assert mixers[layer].config == own
     first = adapter.layers[0]
-    adapter.set_focusing_factor(first, 2.0)
+    mixers[first].config = FocusedLinearConfig(focusing_factor=2.0)  # as calibration does
     expected = tiny()
     adapter.save_pretrained(tmp_path)
     restore(tiny.model)
     again = load_adapter(tiny.model, tmp_path)
-    assert again.config.focusing_factors == {layer: 1.5, first: 2.0}
+    assert again.config.overrides == {layer: own, first: FocusedLinearConfig(focusing_factor=2.0)}
+    assert again.config == adapter.config and again.config.mixer == FocusedLinearConfig()
     assert torch.equal(tiny(), expected)
-    with pytest.raises(ValueError, match="focusing_factors"):
-        again.set_focusing_factor(layer, 0.0)
     restore(tiny.model)
     with pytest.raises(ValueError, match="'nowhere'"):
-        linearize(tiny.model, AdapterConfig(focusing_factors={"nowhere": 2.0}))
+        linearize(tiny.model, AdapterConfig(overrides={"nowhere": own}))
 
 
 def test_bad_settings() -> None:

@@ -15,7 +15,14 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
-from flatten_diffusion import AdapterConfig, FocusedLinearAttnProcessor, linearize, load_adapter, restore
+from flatten_diffusion import (
+    AdapterConfig,
+    FocusedLinearAttnProcessor,
+    FocusedLinearConfig,
+    linearize,
+    load_adapter,
+    restore,
+)
 from flatten_diffusion.adapter.fingerprint import fingerprint
 
 from ..models.tiny import build, stir, train_towards_original
@@ -286,7 +293,7 @@ def test_sequential_offload():
 
 def test_an_optimizer_step_lowers_the_distance_to_the_original():
     tiny = build("sd15")
-    adapter = linearize(tiny.model, AdapterConfig(kernel_size=3))
+    adapter = linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=3)))
     tiny.model.requires_grad_(False)
     adapter.requires_grad_()
     losses = train_towards_original(tiny, adapter, steps=6)

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from diffusers import PriorTransformer
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
@@ -11,7 +12,14 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 
-from flatten_diffusion import AdapterConfig, FocusedLinearAttnProcessor, linearize, load_adapter, restore
+from flatten_diffusion import (
+    AdapterConfig,
+    FocusedLinearAttnProcessor,
+    FocusedLinearConfig,
+    linearize,
+    load_adapter,
+    restore,
+)
 
 from ..models.tiny import CONVERTIBLE, assert_untouched, build, stir
 
@@ -85,10 +93,10 @@ def test_windows_live_with_the_adapter(name, tmp_path):
     keys, modules = list(tiny.model.state_dict()), list(tiny.model.named_modules())
     with torch.no_grad():
         native = tiny()
-        linearize(tiny.model, AdapterConfig(kernel_size=0))
+        linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=0)))
         plain = tiny()
         restore(tiny.model)
-        adapter = linearize(tiny.model, AdapterConfig(kernel_size=0, window=3))
+        adapter = linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=0), window=3))
         assert (tiny() - native).norm() < (plain - native).norm()
         stir(adapter)
         converted = tiny()
@@ -114,14 +122,13 @@ def test_disabled_nests_and_survives_exceptions():
         native = tiny()
         adapter = linearize(tiny.model)
         converted = tiny()
-        with pytest.raises(KeyError):
-            with adapter.disabled() as model:
-                assert model is tiny.model
-                with adapter.disabled():
-                    assert torch.equal(tiny(), native)
+        with pytest.raises(KeyError), adapter.disabled() as model:
+            assert model is tiny.model
+            with adapter.disabled():
                 assert torch.equal(tiny(), native)
-                assert "disabled at the moment" in adapter.report().converted[0].reason
-                raise KeyError
+            assert torch.equal(tiny(), native)
+            assert "disabled at the moment" in adapter.report().converted[0].reason
+            raise KeyError
         assert torch.equal(tiny(), converted)
 
 
@@ -194,12 +201,18 @@ def test_patterns_that_select_nothing_raise(config, message):
     ("setting", "message"),
     [
         ({"mixer": "nothing"}, "Unknown mixer 'nothing'"),
-        ({"focusing_factor": 0.0}, "focusing_factor is 0.0"),
-        ({"focusing_factor": float("nan")}, "focusing_factor is nan"),
-        ({"focusing_factor": "3"}, "focusing_factor is '3'"),
-        ({"kernel_size": 4}, "kernel_size is 4"),
-        ({"kernel_size": -1}, "kernel_size is -1"),
-        ({"kernel_size": True}, "kernel_size is True"),
+        ({"mixer": {"name": "focused_linear", "focusing_factor": 0.0}}, "focusing_factor is 0.0"),
+        ({"mixer": {"name": "focused_linear", "focusing_factor": float("nan")}}, "focusing_factor is nan"),
+        ({"mixer": {"name": "focused_linear", "focusing_factor": "3"}}, "focusing_factor is '3'"),
+        ({"mixer": {"name": "focused_linear", "focusing_factor": 10**400}}, "focusing_factor is 1000.*: pass a pos"),
+        ({"mixer": {"name": "focused_linear", "kernel_size": 4}}, "kernel_size is 4"),
+        ({"mixer": {"name": "focused_linear", "kernel_size": -1}}, "kernel_size is -1"),
+        ({"mixer": {"name": "focused_linear", "kernel_size": True}}, "kernel_size is True"),
+        ({"mixer": {"name": "focused_linear", "kernel_size": 3001}}, "kernel_size is 3001: pass an odd number up to"),
+        ({"mixer": {"name": "focused_linear", "kernel": 3}}, "Unknown setting 'kernel' of mixer focused_linear"),
+        ({"mixer": {"kernel_size": 3}}, "Unknown mixer 'None'"),
+        ({"overrides": {"x": {"name": "focused_linear", "kernel_size": 4}}}, "kernel_size is 4"),
+        ({"overrides": [1]}, r"overrides is \[1\]: pass attention paths"),
         ({"min_tokens": 1.5}, "min_tokens is 1.5"),
         ({"window": 1}, "window is 1: pass a whole number from 2"),
         ({"window": True}, "window is True"),
@@ -215,7 +228,9 @@ def test_bad_settings_raise_one_line(setting, message):
 
 
 def test_settings_as_json_types_and_back():
-    config = AdapterConfig(focusing_factor=2, kernel_size=0, min_tokens=7, include=["a*"], exclude=("b",))
+    config = AdapterConfig(
+        FocusedLinearConfig(2, 0), {"a.b": FocusedLinearConfig(2)}, min_tokens=7, include=["a*"], exclude=("b",)
+    )
     assert config.to_dict()["include"] == ["a*"]
     assert AdapterConfig.from_dict(config.to_dict()) == config
     assert AdapterConfig.from_dict({}) == AdapterConfig()
@@ -385,7 +400,9 @@ def test_freezing_and_backends():
     tiny.model.requires_grad_(False)
     adapter.requires_grad_()
     assert [name for name, p in tiny.model.named_parameters() if p.requires_grad] == [
-        f"{layer}.flatten_mixer.{name}" for layer, mixer in adapter.mixers() for name, _ in mixer.named_parameters()
+        f"{layer}.flatten_mixer.{name}"
+        for layer, mixer in adapter.layer_mixers()
+        for name, _ in mixer.named_parameters()
     ]
     stir(adapter)
     with torch.no_grad():
@@ -397,8 +414,11 @@ def test_freezing_and_backends():
 
 
 def test_what_cannot_be_converted_raises():
-    with pytest.raises(ValueError, match="no layer that can be converted: image and text keys share one softmax"):
-        linearize(build("unclip").model)
+    prior = PriorTransformer(num_attention_heads=2, attention_head_dim=4, num_layers=1, embedding_dim=8)
+    with pytest.raises(
+        ValueError, match="no layer that can be converted: predicts an image embedding from a few tokens"
+    ):
+        linearize(prior)
     with pytest.raises(ValueError, match="Linear has no layer that can be converted: it has no attention layers"):
         linearize(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="dict is no module and has neither .unet nor .transformer"):

@@ -27,7 +27,7 @@ def test_what_cannot_be_split_is_named():
     with pytest.raises(ValueError, match="transformer_blocks.0.attn1 stayed softmax"), partly.token_parallel():
         pass
     windows = linearize(build("pixart").model, AdapterConfig(window=4))
-    with pytest.raises(ValueError, match="cannot split windows over processes"), windows.token_parallel():
+    with pytest.raises(ValueError, match="attn1: windows cannot be split over processes"), windows.token_parallel():
         pass
     with pytest.raises(RuntimeError, match="torchrun"), linearize(build("pixart").model).token_parallel():
         pass

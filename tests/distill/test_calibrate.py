@@ -9,18 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flatten_diffusion import AdapterConfig, linearize, load_adapter, restore
+from flatten_diffusion import AdapterConfig, FocusedLinearConfig, linearize, load_adapter, restore
 from flatten_diffusion.distill import CalibrationSettings, calibrate
-from flatten_diffusion.distill.measure import (
-    Batch,
-    patch_moments,
-    second_moments,
-    solve_ridge,
-    squared_errors,
-    weigh,
-)
-from flatten_diffusion.distill.record import LayerCall, MixerInputs, watch_teacher
-from flatten_diffusion.mixers import FocusedLinearAttention
+from flatten_diffusion.distill.calibrate import weigh
+from flatten_diffusion.distill.capture import LayerCapture, capture_teacher
+from flatten_diffusion.mixers import Context, FocusedCalibration, FocusedLinearAttention, MixerInputs, Weights
+from flatten_diffusion.mixers.parts.convolution import patch_moments
+from flatten_diffusion.mixers.parts.least_squares import second_moments, solve_ridge, squared_errors
 
 from ..models.tiny import Tiny, build
 from .tiny import sharpen
@@ -35,8 +30,13 @@ def teacher_runs(tiny: Tiny, count: int = 4) -> list[Callable[[], Any]]:
     ]
 
 
-def even(samples: int) -> Batch:
-    return Batch(lambda: torch.zeros(samples), torch.ones(samples))
+def even(samples: int) -> Weights:
+    return Weights(torch.ones(samples))
+
+
+def settings(powers: tuple[float, ...], **more: Any) -> CalibrationSettings:
+    own = {name: more.pop(name) for name in ("scale_exponents",) if name in more}
+    return CalibrationSettings(mixers=(FocusedCalibration(powers, **own),), **more)
 
 
 def sharp(name: str) -> Tiny:
@@ -49,10 +49,10 @@ def residuals(adapter: Any, runs: list[Callable[[], Any]]) -> dict[str, float]:
     """Squared error of the converted layers' outputs, from their calls alone."""
     sums: dict[str, float] = {}
 
-    def consume(call: LayerCall) -> None:
+    def consume(call: LayerCapture) -> None:
         sums[call.name] = sums.get(call.name, 0.0) + float((call.student() - call.output).square().sum())
 
-    with torch.no_grad(), watch_teacher(adapter, consume):
+    with torch.no_grad(), capture_teacher(adapter, consume):
         for run in runs:
             run()
     return sums
@@ -65,7 +65,7 @@ def test_every_layer_comes_nearer(name: str) -> None:
     runs = teacher_runs(tiny)
     adapter = linearize(tiny.model)
     before = residuals(adapter, runs)
-    fits = calibrate(adapter, runs, CalibrationSettings(powers=(1.0, 3.0), scale_exponents=(0.0, 1.0)))
+    fits = calibrate(adapter, runs, settings(powers=(1.0, 3.0), scale_exponents=(0.0, 1.0)))
     after = residuals(adapter, runs)
     assert {fit.name for fit in fits} == set(adapter.layers)
     for fit in fits:
@@ -78,18 +78,18 @@ def test_every_layer_comes_nearer(name: str) -> None:
 def test_the_report_is_the_layers_own_error() -> None:
     tiny = sharp("sd15")
     runs, adapter = teacher_runs(tiny), linearize(tiny.model)
-    weights = [batch.weights for batch in weigh(adapter, runs, lambda tensor: tensor)]
+    weights = [batch.weights.samples for batch in weigh(adapter, runs, lambda tensor: tensor)]
 
     def shares() -> dict[str, float]:
         sums: dict[str, torch.Tensor] = {}
 
-        def consume(call: LayerCall, weights: torch.Tensor) -> None:
+        def consume(call: LayerCapture, weights: torch.Tensor) -> None:
             error = (call.student() - call.output).square().flatten(1).sum(1)
             spread = (call.output - call.output.mean((0, 1))).square().flatten(1).sum(1)
             sums[call.name] = sums.get(call.name, 0) + torch.stack([error @ weights, spread @ weights])
 
         for run, weight in zip(runs, weights, strict=True):
-            with torch.no_grad(), watch_teacher(adapter, partial(consume, weights=weight)):
+            with torch.no_grad(), capture_teacher(adapter, partial(consume, weights=weight)):
                 run()
         return {name: float(error / spread) for name, (error, spread) in sums.items()}
 
@@ -106,39 +106,39 @@ def test_samples_count_by_what_their_errors_do_to_the_prediction() -> None:
     runs, adapter = teacher_runs(tiny), linearize(tiny.model)
     layers: list[torch.Tensor] = []
 
-    def consume(call: LayerCall) -> None:
+    def consume(call: LayerCapture) -> None:
         layers.append((call.student() - call.output).square().flatten(1).sum(1))
 
     ratios = []
     with torch.no_grad():
         for run in runs:
             layers.clear()
-            with watch_teacher(adapter, consume):
+            with capture_teacher(adapter, consume):
                 teacher = run()
             ratios.append((run() - teacher).square().flatten(1).sum(1) / sum(layers))
     expected = torch.cat(ratios) / torch.cat(ratios).mean()
-    found = torch.cat([batch.weights for batch in weigh(adapter, runs, lambda tensor: tensor)])
+    found = torch.cat([batch.weights.samples for batch in weigh(adapter, runs, lambda tensor: tensor)])
     assert torch.allclose(found, expected, rtol=1e-3)
     assert found.std() > 0.01
 
 
-def moments_of(features: torch.Tensor, targets: torch.Tensor, batch: Batch) -> torch.Tensor:
-    return second_moments(features.flatten(0, 1), targets.flatten(0, 1), batch.token_roots(features))
+def moments_of(features: torch.Tensor, targets: torch.Tensor, weights: Weights) -> torch.Tensor:
+    return second_moments(features.flatten(0, 1), targets.flatten(0, 1), weights.token_roots(features))
 
 
 def test_a_sample_that_counts_twice_is_a_sample_seen_twice() -> None:
     generator = torch.Generator().manual_seed(3)
     features, targets = torch.randn(2, 20, 4, generator=generator), torch.randn(2, 20, 3, generator=generator)
-    weighted = moments_of(features, targets, Batch(lambda: features, torch.tensor([2.0, 1.0])))
+    weighted = moments_of(features, targets, Weights(torch.tensor([2.0, 1.0])))
     repeated = moments_of(features[[0, 0, 1]], targets[[0, 0, 1]], even(3))
     assert torch.allclose(weighted, repeated, rtol=1e-5)
     value, missing = torch.randn(2, 15, 2, 3, generator=generator), torch.randn(2, 15, 2, 3, generator=generator)
 
-    def equations(samples: list[int], batch: Batch) -> torch.Tensor:
+    def equations(samples: list[int], weights: Weights) -> torch.Tensor:
         chosen = value[samples]
-        return patch_moments(MixerInputs(chosen, chosen, chosen, (3, 5)), missing[samples], 3, batch)
+        return patch_moments(MixerInputs(chosen, chosen, chosen, Context((3, 5))), missing[samples], 3, weights)
 
-    twice = Batch(lambda: value, torch.tensor([2.0, 1.0]))
+    twice = Weights(torch.tensor([2.0, 1.0]))
     assert torch.allclose(equations([0, 1], twice), equations([0, 0, 1], even(3)), rtol=1e-5, atol=1e-5)
 
 
@@ -146,7 +146,7 @@ def test_a_prediction_that_does_not_move_counts_as_one() -> None:
     tiny = sharp("sd15")
     runs, adapter = teacher_runs(tiny, 2), linearize(tiny.model)
     still = [*runs, lambda: (tiny(), torch.zeros(1, 5))[1]]
-    weights = [batch.weights for batch in weigh(adapter, still, lambda tensor: tensor)]
+    weights = [batch.weights.samples for batch in weigh(adapter, still, lambda tensor: tensor)]
     assert torch.equal(weights[2], torch.ones(1)) and torch.isfinite(torch.cat(weights)).all()
 
 
@@ -157,7 +157,7 @@ def test_kernel_equations_are_least_squares() -> None:
     images = value.permute(0, 2, 3, 1).reshape(2, 6, 3, 5)
     convolved = F.conv2d(images, kernel, bias, padding=1, groups=6)
     missing = convolved.reshape(2, 2, 3, 15).permute(0, 3, 1, 2)
-    moments = patch_moments(MixerInputs(value, value, value, (3, 5)), missing, 3, even(2))
+    moments = patch_moments(MixerInputs(value, value, value, Context((3, 5))), missing, 3, even(2))
     solution = torch.linalg.solve(moments[..., :-1], moments[..., -1:])[..., 0]
     assert torch.allclose(solution[..., :-1].reshape(6, 1, 3, 3), kernel.double(), atol=1e-4)
     assert torch.allclose(solution[..., -1].flatten(), bias.double(), atol=1e-4)
@@ -181,13 +181,13 @@ def test_moments_are_ridge_regression() -> None:
 
 def test_processes_together_solve_what_one_would() -> None:
     alone, shared = sharp("sd15"), sharp("sd15")
-    settings = CalibrationSettings(powers=(3.0,), scale_exponents=(1.0,), selection_batches=4)
+    chosen = settings(powers=(3.0,), scale_exponents=(1.0,), selection_batches=4)
     whole = linearize(alone.model)
-    calibrate(whole, teacher_runs(alone), settings)
+    calibrate(whole, teacher_runs(alone), chosen)
     half = linearize(shared.model)
     runs = teacher_runs(shared)
     # Both processes see the same two batches, so a sum over two is twice what one has.
-    calibrate(half, runs, settings, reduce=lambda tensor: tensor * 2)
+    calibrate(half, runs, chosen, reduce=lambda tensor: tensor * 2)
     for (name, one), (_, other) in zip(whole.named_parameters(), half.named_parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-4), name
 
@@ -195,14 +195,14 @@ def test_processes_together_solve_what_one_would() -> None:
 def test_choices_and_deltas_are_saved(tmp_path: Path) -> None:
     tiny = sharp("sd15")
     adapter = linearize(tiny.model)
-    calibrate(adapter, teacher_runs(tiny), CalibrationSettings(powers=(1.0, 2.0)))
+    calibrate(adapter, teacher_runs(tiny), settings(powers=(1.0, 2.0)))
     expected = tiny()
     adapter.save_pretrained(tmp_path)
-    factors = dict(adapter.config.focusing_factors)
-    assert set(factors) == set(adapter.layers)
+    chosen = dict(adapter.config.overrides)
+    assert set(chosen) == set(adapter.layers)  # no candidate is the config's own factor of 3
     restore(tiny.model)
     again = load_adapter(tiny.model, tmp_path)
-    assert again.config.focusing_factors == factors
+    assert again.config.overrides == chosen
     assert torch.equal(tiny(), expected)
 
 
@@ -214,7 +214,7 @@ def test_a_low_rank_output_delta() -> None:
         adapter.add_deltas(("out",), rank)
         runs = teacher_runs(tiny)
         before = residuals(adapter, runs)
-        calibrate(adapter, runs, CalibrationSettings(powers=(3.0,)))
+        calibrate(adapter, runs, settings(powers=(3.0,)))
         after = residuals(adapter, runs)
         errors[rank] = sum(after[name] for name in after)
         assert errors[rank] < sum(before.values())
@@ -223,7 +223,7 @@ def test_a_low_rank_output_delta() -> None:
 
 def test_without_convolution_only_the_rest_is_solved() -> None:
     tiny = sharp("sd15")
-    adapter = linearize(tiny.model, AdapterConfig(kernel_size=0))
+    adapter = linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=0)))
     runs = teacher_runs(tiny)
     before = residuals(adapter, runs)
     calibrate(adapter, runs)
@@ -249,7 +249,7 @@ def test_autocast_does_not_reach_the_equations() -> None:
 
     def solve() -> tuple[torch.Tensor, torch.Tensor]:
         return moments_of(features, targets, even(1)), patch_moments(
-            MixerInputs(value, value, value, (3, 5)), missing, 3, even(1)
+            MixerInputs(value, value, value, Context((3, 5))), missing, 3, even(1)
         )
 
     expected = solve()

@@ -10,7 +10,7 @@ from torch import nn
 from flatten_diffusion import linearize
 from flatten_diffusion.adapter import Adapter
 from flatten_diffusion.distill import Diffusion, Gap, LossWeights, NoisyBatch, Objective, measure_gap
-from flatten_diffusion.distill.record import FeatureTap
+from flatten_diffusion.distill.capture import FeatureTap
 
 from ..models.tiny import build, stir
 

@@ -8,7 +8,8 @@ import torch
 from flatten_diffusion import AdapterConfig, linearize
 from flatten_diffusion.adapter import Adapter
 from flatten_diffusion.distill import transfer_step
-from flatten_diffusion.distill.record import FeatureTap
+from flatten_diffusion.distill.capture import FeatureTap
+from flatten_diffusion.models import LAYER, Reading
 
 from ..models.tiny import Tiny, build, stir
 
@@ -34,12 +35,14 @@ def test_gradients_are_each_layers_own(name: str) -> None:
         tiny()
     for handle in handles:
         handle.remove()
-    tiny()  # the grids of this picture
+    tiny()  # says the grids of this picture
     expected: dict[str, torch.Tensor] = {}
     losses: dict[str, float] = {}
     for layer, attn in adapter.attention_modules():
-        wanted = teacher.outputs[layer]
+        wanted, state = teacher.outputs[layer], getattr(attn, LAYER)
+        state.begin(Reading(state.last_grid))
         pairs = zip(attn(*inputs[layer]), wanted, strict=True)
+        state.end()
         loss = torch.stack([(one - other).square().sum() / other.square().sum() for one, other in pairs]).mean()
         own = dict(attn.flatten_mixer.named_parameters())
         gradients = torch.autograd.grad(loss, list(own.values()))

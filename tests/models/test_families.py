@@ -4,7 +4,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 
-from flatten_diffusion import AdapterConfig, linearize
+from flatten_diffusion import AdapterConfig, FocusedLinearConfig, linearize
 from flatten_diffusion.models import FAMILIES, survey
 
 from .tiny import CONVERTIBLE, build
@@ -42,7 +42,7 @@ def test_a_picture_input_needs_no_record_of_its_grid():
     adapter = linearize(tiny.model)
     seen = []
     for _, mixer in adapter.mixers():
-        mixer.register_forward_pre_hook(lambda module, args: seen.append(args[3]))
+        mixer.register_forward_pre_hook(lambda module, args: seen.append(args[3].grid))
     with torch.no_grad():
         tiny()
     assert set(seen) == {(8, 12)} and len(seen) == 4
@@ -81,14 +81,14 @@ def test_non_square_dit_is_named_instead_of_scrambled():
         tiny()
 
 
-def test_no_owner_has_two_rows():
-    owners = [family.owner for family in FAMILIES]
-    assert len(set(owners)) == len(owners)
+def test_no_two_rows_of_an_owner_name_the_same_layers():
+    rows = [{(family.owner, path) for path in (*family.image, *family.joint, *family.kept)} for family in FAMILIES]
+    assert len(set.union(*rows)) == sum(map(len, rows))
 
 
 def test_without_a_convolution_no_grid_is_needed():
     tiny = build("sd15")
-    adapter = linearize(tiny.model, AdapterConfig(kernel_size=0))
+    adapter = linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=0)))
     attn = tiny.model.get_submodule(adapter.layers[0])
     with torch.no_grad():
         assert attn(torch.randn(1, 23, 16)).isfinite().all()

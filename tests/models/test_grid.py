@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from flatten_diffusion import AdapterConfig, linearize, restore
+from flatten_diffusion import AdapterConfig, FocusedLinearConfig, linearize, restore
 from flatten_diffusion.models.grid import GridCheckpoint
 
 from .tiny import build, stir
@@ -56,7 +56,7 @@ def test_a_disabled_forward_pass_recomputes_disabled(kernel_size):
     tiny.model.train()
     sample = tiny.inputs["hidden_states"].requires_grad_()
     (expected,) = torch.autograd.grad(tiny().square().sum(), sample)
-    adapter = linearize(tiny.model, AdapterConfig(kernel_size=kernel_size))
+    adapter = linearize(tiny.model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=kernel_size)))
     tiny.model.enable_gradient_checkpointing()
     with adapter.disabled():
         loss = tiny().square().sum()
@@ -101,12 +101,50 @@ def test_a_layer_called_outside_its_model_does_not_guess():
     tiny = build("sd15")
     adapter = linearize(tiny.model)
     attn = tiny.model.get_submodule(adapter.layers[0])
-    with pytest.raises(RuntimeError, match="attn1: the token grid is unknown"):
-        attn(torch.randn(1, 16, 16))
     with torch.no_grad():
-        tiny()
+        for _ in range(2):  # before any pass, and after one
+            with pytest.raises(RuntimeError, match="attn1: the token grid is unknown"):
+                attn(torch.randn(1, 384, 16))
+            tiny()
+
+
+def test_tokens_that_do_not_fill_the_grid_are_named():
+    tiny = build("sd15")
+    adapter = linearize(tiny.model)
+    attn = tiny.model.get_submodule(adapter.layers[0])
+    handle = attn.register_forward_pre_hook(lambda module, args: (args[0][:, :25],))  # a token merger, say
+    with torch.no_grad():
         with pytest.raises(RuntimeError, match="attn1: 25 tokens do not fill the 16x24 grid"):
-            attn(torch.randn(1, 25, 16))
+            tiny()
+        handle.remove()
+        assert tiny().isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sd15", "pixart", "dit"])
+def test_forward_called_directly_raises_or_is_right(name):
+    """Hooks of the model itself do not run then; those of modules below it do."""
+    tiny = build(name)
+    stir(linearize(tiny.model))
+    with torch.no_grad():
+        expected = tiny()
+        if name == "sd15":
+            assert torch.equal(tiny.model.forward(**tiny.inputs, return_dict=False)[0].flatten(), expected)
+            tiny(**tiny.turned())
+            assert torch.equal(tiny.model.forward(**tiny.inputs, return_dict=False)[0].flatten(), expected)
+        else:
+            with pytest.raises(RuntimeError, match="call the whole model"):
+                tiny.model.forward(**tiny.inputs)
+
+
+@pytest.mark.parametrize("name", ["sd15", "pixart"])
+def test_a_pass_that_fails_leaves_nothing_behind(name):
+    tiny = build(name)
+    adapter = linearize(tiny.model)
+    handle = tiny.model.get_submodule(adapter.layers[-1]).register_forward_hook(lambda *_: 1 / 0)
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        tiny()
+    handle.remove()
+    assert all(layer.grid is None and layer.state.idle for _, layer, _ in adapter.converted_layers())
 
 
 def test_the_convolution_runs_on_rows_and_columns_as_the_picture_has_them():
@@ -117,7 +155,7 @@ def test_the_convolution_runs_on_rows_and_columns_as_the_picture_has_them():
         down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",), cross_attention_dim=8,
         mid_block_type=None,
     ).eval()  # fmt: skip
-    adapter = linearize(model, AdapterConfig(kernel_size=3))
+    adapter = linearize(model, AdapterConfig(mixer=FocusedLinearConfig(kernel_size=3)))
     (name,) = adapter.layers
     attn = model.get_submodule(name)
     inputs, outputs = [], []
@@ -130,7 +168,7 @@ def test_the_convolution_runs_on_rows_and_columns_as_the_picture_has_them():
 
     run()
     with torch.no_grad():
-        attn.flatten_mixer.conv_weight[:, 0, 0, 1] = 1.0  # the neighbour one row above
+        attn.flatten_mixer.mixer.conv_weight[:, 0, 0, 1] = 1.0  # the neighbour one row above
     run()
     assert torch.equal(inputs[0], inputs[1])
     values = attn.to_v(inputs[0]).unflatten(1, (5, 9))

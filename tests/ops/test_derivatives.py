@@ -198,7 +198,7 @@ def test_split_over_processes_refuses_it(tmp_path):
                 function=lambda query: torch.autograd.grad(call(query, *tensors[1:]).sum(), query, create_graph=True)[
                     0
                 ],
-            ),  # fmt: skip
+            ),
         ]
         for attempt in attempts:
             with pytest.raises(RuntimeError, match="pass whole images to focused_linear_attention") as error:

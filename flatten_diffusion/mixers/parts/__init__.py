@@ -1,0 +1,1 @@
+"""What mixers share: local convolutions, feature maps, windows, the join with text, regressions."""
