@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from ..focused_linear.arguments import FocusedArguments
 from ..focused_linear.dispatch import call_dtype
 from ..focused_linear.reference import compute_dtype
-from ..windows import ImageSize
+from ..transforms import needs_plain_torch
+from ..windows import Picture
 from .layout import Cells, cell_sides
-from .operator import no_key, pyramid
+from .operator import attend_in_blocks, attend_plainly, no_key, pyramid
 
 
 def pyramid_attention(
@@ -53,8 +54,8 @@ def pyramid_attention(
     Returns:
         [B, N, H, D] in the query's dtype, and log Z [B, N, H] in float32 (float64 for float64), exact over the pooled
         keys. A sample without any key gives zeros and a very low log Z (below -1e4). Accumulation is float32 (float64
-        for float64); under autocast, query, key and value are first cast to its dtype. Differentiable once, in query,
-        key and value, through both results.
+        for float64); under autocast, query, key and value are first cast to its dtype. Differentiable in query, key and
+        value through both results; forward-mode, second and torch.func's derivatives in plain torch, at its speed.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or images that do not hold N tokens.
@@ -79,9 +80,10 @@ def pyramid_attention(
         bias, share = _counts(key, key_mask, sizes, sides, no_key(dtype))
         keys, values = (_table(x.to(dtype), sizes, sides, share) for x in (key, value))
         numbers = [number for picture in sizes for number in picture]
-        output: tuple[torch.Tensor, torch.Tensor] = pyramid(
-            query, keys, values, bias.to(dtype), numbers, list(astuple(cells)), scale
-        )
+        call = query, keys, values, bias.to(dtype), numbers, list(astuple(cells)), scale
+        if needs_plain_torch():
+            return attend_in_blocks(*call, attend_plainly)
+        output: tuple[torch.Tensor, torch.Tensor] = pyramid(*call)
     return output
 
 
