@@ -15,9 +15,10 @@ steps=${*:-correctness operator models train}
 python=${PYTHON:-python3}
 mkdir -p "$output"
 output=$(cd "$output" && pwd)
-export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/eval${PYTHONPATH:+:$PYTHONPATH}"
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA GPU"; print(torch.cuda.get_device_name())' || exit 2
 failed=()
+throughput=("$python" -m flatten_eval throughput --dtype bfloat16 --fewer --device cuda --offline)
 
 step() { # name, command ...
   local name=$1
@@ -32,8 +33,8 @@ step() { # name, command ...
 operator() { # heads head_dim tokens...
   local heads=$1 head_dim=$2
   shift 2
-  step "operator_h${heads}d${head_dim}" "$python" -m eval.bench_operator --device cuda --dtype bfloat16 --batch 2 \
-    --heads "$heads" --head_dim "$head_dim" --kernel_size 5 --feature_maps --window 8 --tokens "$@" \
+  step "operator_h${heads}d${head_dim}" "${throughput[@]}" --op --batch-size 2 --rounds 20 --warmup 3 \
+    --heads "$heads" --head-dim "$head_dim" --feature-maps --window 8 --public --tokens "$@" \
     --json "$output/operator_h${heads}d${head_dim}.json"
 }
 
@@ -45,25 +46,25 @@ for part in $steps; do
     operator)
       operator 8 40 4096 16384 65536
       for head_dim in 64 72 128; do operator 16 "$head_dim" 4096 16384 65536; done
-      step operator_backward "$python" -m eval.bench_operator --device cuda --dtype bfloat16 --batch 2 --heads 8 \
-        --head_dim 40 --kernel_size 5 --tokens 16384 --backward --json "$output/operator_backward.json"
+      step operator_backward "${throughput[@]}" --op --batch-size 2 --rounds 20 --warmup 3 --tokens 16384 --backward \
+        --json "$output/operator_backward.json"
       ;;
     models)
       for arch in sd15 sdxl pixart; do # "auto" must not be slower than softmax at any size
-        step "auto_$arch" "$python" -m eval.bench_models --arch "$arch" --sizes 256 512 1024 2048 --dtype bfloat16 \
-          --device cuda --batch 2 --json "$output/auto_$arch.json"
+        step "auto_$arch" "${throughput[@]}" --arch "$arch" --sizes 256 512 1024 2048 --min-tokens auto \
+          --json "$output/auto_$arch.json"
       done
       for arch in sd15 sdxl pixart; do
-        step "throughput_$arch" "$python" -m eval throughput --arch "$arch" --sizes 1024 2048 4096 --dtype bfloat16 \
-          --fewer --rounds 5 --device cuda --offline --json "$output/throughput_$arch.json" --plot "$output/throughput_$arch.png"
+        step "throughput_$arch" "${throughput[@]}" --arch "$arch" --sizes 1024 2048 4096 --rounds 5 \
+          --json "$output/throughput_$arch.json" --plot "$output/throughput_$arch.png"
       done
       for window in 0 8; do # joint attention, without and with windows
-        step "throughput_sd3_window$window" "$python" -m eval throughput --arch sd3 --sizes 1024 2048 --dtype bfloat16 \
-          --window "$window" --fewer --rounds 5 --device cuda --offline --json "$output/throughput_sd3_window$window.json"
+        step "throughput_sd3_window$window" "${throughput[@]}" --arch sd3 --sizes 1024 2048 \
+          --window "$window" --rounds 5 --json "$output/throughput_sd3_window$window.json"
       done
       ;;
     train)
-      step train_scenes "$python" examples/train_scenes.py --output_dir "$output/scenes" --mixed_precision bf16 \
+      step train_scenes "$python" -m eval.experiments.train_scenes --output_dir "$output/scenes" --mixed_precision bf16 \
         --resolution "${RESOLUTION:-512}" --max_train_seconds "${TRAIN_SECONDS:-420}" --train_batch_size 64 \
         --vae_crop 128 --vae_batch_size 32 --num_scenes 40000 --max_train_steps 100000 --vae_train_steps 100000
       ;;

@@ -9,16 +9,19 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialised
 
 JSON_LIMIT = 16 * 2**20
 """Bytes; the largest JSON file read: what this package writes stays far below."""
 
+_DESCRIPTION, _CHECKSUM = "description", "sha256"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
@@ -71,8 +74,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def parse_json(content: bytes | str, source: str) -> Any:
-    """The value of a JSON text from `source`, which messages name.
+def parse_json(content: bytes | str, source: str, constant: Callable[[str], Any] | None = None) -> Any:
+    """The value of a JSON text from `source`, which messages name; `constant` says what NaN and infinities stand for.
 
     Raises:
         ValueError: too large, no UTF-8, no JSON, or nested beyond sense; one short line.
@@ -80,7 +83,7 @@ def parse_json(content: bytes | str, source: str) -> Any:
     try:
         if len(content) > JSON_LIMIT:
             raise ValueError(f"{len(content)} bytes are more than the {JSON_LIMIT} that are read")
-        return json.loads(content, parse_constant=_refuse, parse_float=_finite)
+        return json.loads(content, parse_constant=constant or _refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)[:200]
         raise ValueError(f"{source} is truncated or no JSON ({reason})") from error
@@ -92,6 +95,32 @@ def read_json(path: Path) -> Any:
         raise FileNotFoundError(f"{path} is no file")
     with path.open("rb") as file:
         return parse_json(file.read(JSON_LIMIT + 1), str(path))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], description: str = "") -> None:
+    """As safetensors, whole or not at all, with a text and one checksum over both in the header."""
+    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {_DESCRIPTION: description, _CHECKSUM: sha256_of_tensors(data, description)}
+    write_bytes(path, serialised(data, metadata))  # safetensors' own file would be its owner's alone to read
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """What `write_tensors` wrote. Raises OSError when it is missing, truncated, or does not match its checksum."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            description, checksum = read_header(file)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path} is missing or damaged ({str(error)[:200]})") from error
+    if checksum != sha256_of_tensors(tensors, description):
+        raise OSError(f"{path} is damaged: it does not match its checksum")
+    return tensors, description
+
+
+def read_header(file: safe_open) -> tuple[str, str]:
+    """(description, checksum) of an open file that `write_tensors` wrote; nothing is verified."""
+    metadata = file.metadata() or {}
+    return metadata.get(_DESCRIPTION, ""), metadata.get(_CHECKSUM, "")
 
 
 def sha256_of(path: Path) -> str:

@@ -16,9 +16,11 @@ from flatten_diffusion.files import (
     atomic_path,
     parse_json,
     read_json,
+    read_tensors,
     sha256_of_tensors,
     write_bytes,
     write_json,
+    write_tensors,
 )
 
 
@@ -83,3 +85,21 @@ def test_a_digest_knows_values_names_and_description() -> None:
     assert digest == sha256_of_tensors(dict(reversed(tensors.items())))
     others = [{"a": torch.ones(3), "c": tensors["b"]}, {"a": torch.ones(3).half(), "b": tensors["b"]}]
     assert digest not in {*map(sha256_of_tensors, others), sha256_of_tensors(tensors, "x")}
+
+
+def test_tensors_come_back_or_are_damaged(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "x.safetensors", {"a": torch.arange(3.0), "b": torch.tensor(2)}
+    write_tensors(path, tensors, "said")
+    back, description = read_tensors(path)
+    assert description == "said" and all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    whole = path.read_bytes()
+    for damaged in (
+        whole.replace(b"said", b"paid"),
+        whole[:-1] + b"\1",
+        whole[:-8],
+        whole.replace(b'"b"', b'"c"'),
+        b"",
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(OSError, match="damaged"):
+            read_tensors(path)

@@ -98,18 +98,21 @@ class Adapter(AdapterHandle):
     def pin_grid(self, grid: Grid | None) -> None:
         """Tell graphs that are compiled whole (`fullgraph=True`) the size of the picture, where they cannot see it.
 
-        Flux, Flux2 and Chroma are told a picture's shape only as numbers on the device, which a graph cannot turn into
-        sizes; uncompiled code and graphs that may break read them there and ignore this. Other models need no pin.
+        Flux and its kin (Flux2, Flux3, Chroma, Krea2, Ideogram4, MiniMaxH3) are told a picture's shape only as numbers
+        on the device, which a graph cannot turn into sizes; uncompiled code and graphs that may break read them there
+        and ignore this. Other models need no pin.
 
         Args:
             grid: (height, width) in tokens of the passes to come, or one (1, height, width) per picture where
                 reference images follow; None takes the pin away. A pass of another grid fails on the device.
         """
-        if grid is None:
-            self.model.__dict__.pop(PINNED, None)
-        else:
+        if grid is not None:
             count_tokens(grid)
-            self.model.__dict__[PINNED] = grid
+        whole = self.model  # or both denoisers of a pipeline
+        for owner in whole.values() if isinstance(whole, nn.ModuleDict) else [whole]:
+            owner.__dict__.pop(PINNED, None)
+            if grid is not None:
+                owner.__dict__[PINNED] = grid
 
     def token_parallel(self, group: Any = None) -> AbstractContextManager[nn.Module]:
         """Inside, the tokens of each picture are split by rows over the processes of a `torch.distributed` group.

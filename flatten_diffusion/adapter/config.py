@@ -102,3 +102,23 @@ def _is_count(value: object) -> bool:
 
 def _short(value: object) -> str:
     return f"{value!r:.80}"
+
+
+PRESETS: dict[str, AdapterConfig] = {
+    "training-free": AdapterConfig(mixer="pyramid", min_tokens="auto"),
+}
+"""Configs by name, for `linearize`: "training-free" keeps near keys exact and pools far ones, which needs no training,
+wherever that is measured to be faster than softmax."""
+
+
+def resolve_config(config: AdapterConfig | str | None) -> AdapterConfig:
+    """The config of a `linearize` call. Raises TypeError and ValueError for what is none."""
+    if config is None:
+        return AdapterConfig()
+    if isinstance(config, str):
+        if config not in PRESETS:
+            raise ValueError(f"Unknown preset {_short(config)}: choose one of {', '.join(PRESETS)}.")
+        return PRESETS[config]
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(f"config is {type(config).__name__}: pass an AdapterConfig, or one of {', '.join(PRESETS)}.")
+    return config

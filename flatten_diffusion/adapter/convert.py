@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.utils import logging
 from torch import nn
 
-from ..mixers import LayerMixer
+from ..mixers import LayerMixer, mixer_class
 from ..models import (
     AUTO,
     LAYER,
@@ -33,8 +34,9 @@ from ..models import (
     survey,
     wrap,
 )
+from ..models.guiders import register_like
 from .adapter import Adapter
-from .config import AdapterConfig
+from .config import AdapterConfig, resolve_config
 from .handle import ADAPTER, OURS, build_layer, place_of
 
 logger = logging.get_logger(__name__)
@@ -42,31 +44,49 @@ logger = logging.get_logger(__name__)
 _CONVERTIBLE = (AttnProcessor2_0, FusedAttnProcessor2_0)
 
 
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
+"""Names under which pipelines hold what predicts: Wan 2.2 has two, one for each half of the steps; Ideogram 4 one for
+each side of guidance."""
+
+
+class Denoisers(nn.ModuleDict):
+    """The denoisers of a pipeline that has several, by their name there: converted, saved and restored as one."""
+
+
 def resolve_model(model_or_pipeline: Any) -> nn.Module:
-    """The denoiser: a pipeline's `unet` or `transformer`, without torch.compile's or data-parallel wrappers.
+    """The denoiser, without torch.compile's or data-parallel wrappers; `Denoisers` of a pipeline that has several.
 
     Raises:
-        TypeError: neither a module nor a pipeline that holds one under these names.
+        TypeError: neither a module nor a pipeline that holds one under the names of `DENOISERS`.
     """
-    model = model_or_pipeline
-    if not isinstance(model, nn.Module):
-        found = [getattr(model, name, None) for name in ("unet", "transformer")]
-        model = next((part for part in found if isinstance(part, nn.Module)), None)
-    if model is None:
+    if isinstance(model_or_pipeline, nn.Module):
+        return _unwrapped(model_or_pipeline)
+    found = {name: getattr(model_or_pipeline, name, None) for name in DENOISERS}
+    parts = {name: _unwrapped(part) for name, part in found.items() if isinstance(part, nn.Module)}
+    if not parts:
         raise TypeError(
             f"{type(model_or_pipeline).__name__} is no module and has neither .unet nor .transformer: "
             "pass the model to convert."
         )
+    return next(iter(parts.values())) if len(parts) == 1 else Denoisers(parts)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+            model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         else:
             return model
 
 
-def linearize(model_or_pipeline: Any, config: AdapterConfig | None = None) -> Adapter:
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """The models that are called: those of `Denoisers`, or the one."""
+    return list(model.values()) if isinstance(model, Denoisers) else [model]
+
+
+def linearize(model_or_pipeline: Any, config: AdapterConfig | str | None = None) -> Adapter:
     """Replace the softmax self-attention of a diffusers model by learnable focused linear attention, in place.
 
     Every self-attention layer of the known families that holds a picture gets a mixer as the submodule
@@ -82,24 +102,28 @@ def linearize(model_or_pipeline: Any, config: AdapterConfig | None = None) -> Ad
     `state_dict`; save them with `Adapter.save_pretrained`, since diffusers' `from_pretrained` would drop them.
 
     Args:
-        model_or_pipeline: a model, or a pipeline with `.unet` or `.transformer`; other parts of a pipeline (a
-            ControlNet) are converted by passing them.
-        config: see `AdapterConfig`; None means its defaults.
+        model_or_pipeline: a model, or a pipeline with `.unet` or `.transformer`, all of whose denoisers are converted
+            (Wan 2.2 has two; layers are then named "transformer.blocks.0.attn1" and so on); other parts of a pipeline
+            (a ControlNet) are converted by passing them.
+        config: see `AdapterConfig`; None means its defaults. "training-free" stands for pyramid attention wherever that
+            is faster: pictures stay near the original's without any training, for several times the time of focused
+            linear attention.
 
     Returns:
         The adapter: parameters, `disabled()`, `report()`, `save_pretrained()`. Also at `model.flatten_adapter`.
 
     Raises:
-        TypeError: no model found.
+        TypeError: no model found, or no config.
         ValueError: the model is converted already, no layer can be converted, a pattern matches nothing, or a layer
             to convert runs sliced, xFormers or custom attention. Nothing is changed then.
     """
     model = resolve_model(model_or_pipeline)
-    config = AdapterConfig() if config is None else config
+    config = resolve_config(config)
     findings = survey(model)
     check_unconverted(model, findings)
     chosen = _choose(model, findings, config)
     check_processors(chosen)
+    check_supported(chosen, config)
     return attach(model, config, findings, build_layers(chosen, config))
 
 
@@ -118,10 +142,12 @@ def restore(model_or_pipeline: Any) -> None:
         ValueError: nothing to restore.
     """
     model = resolve_model(model_or_pipeline)
+    adapter: Adapter | None = next((p.__dict__[ADAPTER] for p in parts_of(model) if ADAPTER in p.__dict__), None)
+    if adapter is not None:
+        model = adapter.model  # with all its parts, whichever was passed
     findings = survey(model)
     if not _is_converted(model, findings):
         raise ValueError(f"This {type(model).__name__} is not converted: there is nothing to restore.")
-    adapter: Adapter | None = model.__dict__.get(ADAPTER)
     if adapter is not None:
         adapter.unmerge()
         adapter.forget()
@@ -139,7 +165,7 @@ def check_unconverted(model: nn.Module, findings: Sequence[Finding]) -> None:
 def _is_converted(model: nn.Module, findings: Sequence[Finding]) -> bool:
     """Whether anything of a conversion is on the model, were it only half done."""
     traces = any(hasattr(f.attn, LAYER) or hasattr(f.attn, MIXER) or _is_ours(f) for f in findings)
-    return traces or ADAPTER in model.__dict__
+    return traces or any(ADAPTER in part.__dict__ for part in parts_of(model))
 
 
 def check_processors(chosen: Sequence[Finding]) -> None:
@@ -161,9 +187,31 @@ def check_processors(chosen: Sequence[Finding]) -> None:
                 "or the custom processor), or exclude the layer."
             )
         query = find_projection(attn, "q")
+        _check_weight(finding.name, None if query is None else query.module(attn).weight)
         hook = None if query is None else getattr(query.module(attn), "_hf_hook", None)
         if getattr(hook, "offload", False):
             raise ValueError(f"{finding.name} is offloaded layer by layer: convert before enabling sequential offload.")
+
+
+def _check_weight(name: str, weight: torch.Tensor | None) -> None:
+    if getattr(weight, "device_mesh", None) is not None:
+        raise ValueError(f"{name} is sharded already: convert the model first, then shard it (fully_shard, a TP plan).")
+    if weight is not None and weight.is_inference():
+        raise ValueError(f"{name} was made under torch.inference_mode(), which allows no training: load it outside.")
+
+
+def check_supported(chosen: Sequence[Finding], config: AdapterConfig) -> None:
+    """Raise ValueError when a layer's mixer cannot do what the layer or the config asks of it at every call."""
+    for finding in chosen:
+        name = config.mixer_of(finding.name).name
+        supports = mixer_class(name).supports
+        if config.window and "window" not in supports:
+            raise ValueError(f"{finding.name}: {name} cannot be combined with windows: convert with window=0.")
+        if finding.place != "alone" and "text" not in supports:
+            raise ValueError(
+                f"{finding.name}: {name} cannot be joined with other tokens (text): exclude the layer, or choose "
+                "another mixer."
+            )
 
 
 def build_layers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, LayerMixer]:
@@ -204,9 +252,10 @@ def _attach(
     always_converted: Collection[str],
 ) -> Adapter:
     plain = AdapterAttnProcessor()
+    register_like(AdapterAttnProcessor, AttnProcessor2_0)
     wrapped: dict[int, WrappedProcessor] = {}
     states: list[tuple[nn.Module, ConvertedLayer]] = []
-    hooked: dict[str, tuple[Finding, list[ConvertedLayer]]] = {}
+    hooked: dict[tuple[str, Any, tuple[str, ...]], tuple[Finding, list[ConvertedLayer]]] = {}
     min_tokens = config.min_tokens if isinstance(config.min_tokens, int) else 0
     for finding in findings:
         attn = finding.attn
@@ -222,18 +271,20 @@ def _attach(
         states.append((attn, state))
         # Without need of a grid too: the hook is also what replays a layer's state under checkpointing.
         if finding.family is not None and finding.family.read is not None:
-            hooked.setdefault(finding.owner_name, (finding, []))[1].append(state)
+            key = (finding.owner_name, finding.family.read, finding.family.arguments)
+            hooked.setdefault(key, (finding, []))[1].append(state)
     for finding, below in hooked.values():
         assert finding.owner is not None and finding.family is not None and finding.family.read is not None
         hook = GridHook(finding.family.read, finding.argument_positions, below)
         finding.owner.register_forward_pre_hook(hook, with_kwargs=True)
         finding.owner.register_forward_hook(EndHook(below), always_call=True)
-    model.register_forward_pre_hook(GuardHook(states, OURS))
     automatic = [(state, layers[state.name], place_of(attn)) for attn, state in states if state.auto]
-    if automatic:
-        model.register_forward_pre_hook(AutotuneHook(automatic), with_kwargs=True)
     adapter = Adapter(model, config, [finding.name for finding in findings])
-    setattr(model, ADAPTER, adapter)
+    for part in parts_of(model):
+        part.register_forward_pre_hook(GuardHook(states, OURS))
+        if automatic:
+            part.register_forward_pre_hook(AutotuneHook(automatic), with_kwargs=True)
+        setattr(part, ADAPTER, adapter)
     return adapter
 
 
@@ -296,7 +347,8 @@ def _take_off(model: nn.Module, findings: Sequence[Finding], kept: Mapping[str, 
         if state is not None:
             delattr(attn, LAYER)
     remove_hooks(model)
-    model.__dict__.pop(ADAPTER, None)
+    for part in parts_of(model):
+        part.__dict__.pop(ADAPTER, None)
     return replaced
 
 

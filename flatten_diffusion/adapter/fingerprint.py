@@ -37,7 +37,10 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
         if inside_skipped or isinstance(module, LayerMixer) or type(module).__name__ in _ADDED_CLASSES:
             skipped.append(f"{path}.")
             continue
-        if _ADDED_PARTS.intersection(parts) or any(part.startswith("lora_") for part in parts):
+        added = _ADDED_PARTS.intersection(parts)
+        if "to_qkv" in added and not hasattr(model.get_submodule(path.partition(".to_qkv")[0]), "to_q"):
+            added = added - {"to_qkv"}  # the layer's only projection, not a fused copy
+        if added or any(part.startswith("lora_") for part in parts):
             continue
         name = ".".join(part for part in parts if part != "base_layer")
         for parameter_name, parameter in module.named_parameters(recurse=False):

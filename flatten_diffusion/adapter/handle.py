@@ -20,7 +20,16 @@ from ..mixers import (
     mixer_config,
     seeded,
 )
-from ..models import LAYER, MIXER, ConvertedLayer, FocusedLinearAttnProcessor, WrappedProcessor, find_projection
+from ..models import (
+    LAYER,
+    MIXER,
+    ConvertedLayer,
+    FocusedLinearAttnProcessor,
+    WrappedProcessor,
+    find_projection,
+    heads_of,
+    inner_dim_of,
+)
 from .config import AdapterConfig
 
 ADAPTER = "flatten_adapter"
@@ -171,4 +180,5 @@ def shape_of(attn: Any) -> LayerShape:
     """Heads, their size, and the width of the layer's input."""
     query = find_projection(attn, "q")
     assert query is not None, "every layer of a known family has a query projection"
-    return LayerShape(attn.heads, attn.inner_dim // attn.heads, query.in_features(attn))
+    heads = heads_of(attn)
+    return LayerShape(heads, inner_dim_of(attn) // heads, query.in_features(attn))

@@ -21,7 +21,7 @@ from ..mixers import LayerMixer
 from ..models import Finding, survey
 from .adapter import Adapter
 from .config import AdapterConfig
-from .convert import attach, build_layers, check_processors, check_unconverted, resolve_model
+from .convert import attach, build_layers, check_processors, check_supported, check_unconverted, resolve_model
 from .fingerprint import class_name, fingerprint
 from .saving import CONFIG_NAME, DIGEST, FORMAT_VERSION, HEADER, WEIGHTS_NAME, signature
 
@@ -73,6 +73,7 @@ def load_adapter(
         config = replace(config, min_tokens=min_tokens)
     chosen = _choose_saved(names, findings, config_path)
     check_processors(chosen)
+    check_supported(chosen, config)
     layers = build_layers(chosen, config)
     trained = _fill(layers, tensors, weights_path)
     return attach(model, config, findings, layers, trained if min_tokens is None else ())

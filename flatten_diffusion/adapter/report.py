@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..mixers import Grid, LayerMixer, count_tokens, describe_grid
-from ..models import AUTO, LAYER, MIXER, ConvertedLayer, Finding, Kind, known_ratio, survey
+from ..models import AUTO, LAYER, MIXER, ConvertedLayer, Finding, Kind, heads_of, inner_dim_of, known_ratio, survey
 from .handle import OURS, AdapterHandle, place_of
 
 
@@ -80,18 +80,28 @@ def report(handle: AdapterHandle) -> Report:
     for finding in survey(handle.model):
         attn: Any = finding.attn
         layer: ConvertedLayer | None = getattr(attn, LAYER, None)
+        heads, head_dim = _shape(attn)
         rows.append(
             LayerReport(
                 name=finding.name,
                 converted=layer is not None and isinstance(attn.processor, OURS),
                 reason=_reason(handle, finding, attn, layer),
-                heads=getattr(attn, "heads", None),
-                head_dim=attn.inner_dim // attn.heads if hasattr(attn, "inner_dim") else None,
+                heads=heads,
+                head_dim=head_dim,
                 grid=None if layer is None else layer.last_grid,
                 time_ratio=None if layer is None else _time_ratio(attn, layer),
             )
         )
     return Report(type(handle.model).__name__, tuple(rows))
+
+
+def _shape(attn: Any) -> tuple[int | None, int | None]:
+    """Heads and their size, as far as the module says."""
+    try:
+        heads = heads_of(attn)
+        return heads, inner_dim_of(attn) // heads
+    except (AssertionError, ValueError):
+        return getattr(attn, "heads", None), None
 
 
 def _reason(handle: AdapterHandle, finding: Finding, attn: Any, layer: ConvertedLayer | None) -> str:

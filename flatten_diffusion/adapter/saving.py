@@ -78,13 +78,14 @@ def _materialised(handle: AdapterHandle) -> dict[str, torch.Tensor]:
     for name, layer in handle.layer_mixers():
         if any(_is_offloaded(part) for part in layer.modules()):
             raise ValueError(f"{name} is offloaded: save the adapter before offloading, or remove the hooks first.")
-    tensors = handle.state_dict()
-    for name, tensor in tensors.items():
+    tensors = {}
+    for name, tensor in handle.state_dict().items():
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and holds no data: materialise the model before saving.")
-        if not tensor.isfinite().all():
+        tensors[name] = _whole(tensor).detach().cpu().contiguous()
+        if not tensors[name].isfinite().all():
             raise ValueError(f"{name} has values that are not finite: a diverged adapter is not saved.")
-    return {name: _whole(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return tensors
 
 
 def _is_offloaded(module: nn.Module) -> bool:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from .buckets import Size
 from .cache import LatentCache
@@ -86,17 +86,7 @@ class BatchPlan:
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-class _StepSampler(Sampler[list[int]]):
-    def __init__(self, plan: BatchPlan, steps: range, share: slice) -> None:
-        self.plan, self.steps, self.share = plan, steps, share
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (self.plan[step][self.share] for step in self.steps)
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-
+@dataclass
 class NoisyBatches:
     """Iterates over the `NoisyBatch` of each step in `steps`.
 
@@ -109,38 +99,35 @@ class NoisyBatches:
         caption_dropout: probability that a sample is given the empty prompt, as when the teacher was trained.
     """
 
-    def __init__(
-        self,
-        cache: LatentCache,
-        diffusion: Diffusion,
-        batch_size: int,
-        steps: range,
-        *,
-        seed: int,
-        stage: str,
-        caption_dropout: float = 0.0,
-        device: torch.device | str = "cpu",
-        process_index: int = 0,
-        num_processes: int = 1,
-        num_workers: int = 0,
-    ) -> None:
-        self.cache, self.diffusion, self.steps = cache, diffusion, steps
-        self.seed, self.stage, self.caption_dropout = seed, stage, caption_dropout
-        self.device = torch.device(device)
-        self.total = batch_size * num_processes
-        self.share = slice(process_index * batch_size, (process_index + 1) * batch_size)
-        self._plan = BatchPlan(cache.sizes, self.total, seed, stage)
-        sampler = _StepSampler(self._plan, steps, self.share)
-        # Its own generator: the loader must not draw from the global random numbers.
-        self._loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(
-            cache, batch_sampler=sampler, num_workers=num_workers, generator=torch.Generator()
-        )
+    cache: LatentCache
+    diffusion: Diffusion
+    batch_size: int
+    steps: range
+    _: KW_ONLY
+    seed: int
+    stage: str
+    caption_dropout: float = 0.0
+    device: torch.device | str = "cpu"
+    process_index: int = 0
+    num_processes: int = 1
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        self.total = self.batch_size * self.num_processes
+        self.share = slice(self.process_index * self.batch_size, (self.process_index + 1) * self.batch_size)
+        self._plan = BatchPlan(self.cache.sizes, self.total, self.seed, self.stage)
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[NoisyBatch]:
-        for step, rows in zip(self.steps, self._loader, strict=True):
+        loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(
+            self.cache,
+            batch_sampler=(self._plan[step][self.share] for step in self.steps),
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # its own: it must not draw from the global random numbers
+        )
+        for step, rows in zip(self.steps, loader, strict=True):
             yield self._noisy(step, rows)
 
     def _noisy(self, step: int, rows: dict[str, torch.Tensor]) -> NoisyBatch:
@@ -148,16 +135,17 @@ class NoisyBatches:
         clean = rows["latents"].float()
         # Drawn for all processes together, so that their number changes nothing.
         noise = torch.randn(self.total, *clean.shape[1:], generator=generator)[self.share]
-        timesteps = self.diffusion.draw_timesteps(self.total, generator)[self.share]
-        dropped = (torch.rand(self.total, generator=generator) < self.caption_dropout)[self.share]
         size = self.cache.sizes[self._plan[step][0]]
-        shared = {name: tensor for name, tensor in self.cache.null[size].items() if is_shared(name)}
+        timesteps = self.diffusion.draw_timesteps(self.total, generator, self.cache.shifts.get(size))[self.share]
+        dropped = (torch.rand(self.total, generator=generator) < self.caption_dropout)[self.share]
+        empty = self.cache.null.get(size, {})
+        shared = {name: tensor for name, tensor in empty.items() if is_shared(name)}
+        captioned = {name: tensor for name, tensor in rows.items() if name != "latents"}
+        # Where a model has no empty prompt, each sample keeps its own.
         null = {
-            name: tensor.to(rows[name].dtype).expand(len(clean), *tensor.shape[1:])
-            for name, tensor in self.cache.null[size].items()
-            if name not in shared
+            name: empty[name].to(own.dtype).expand(len(clean), *own.shape[1:]) if name in empty else own
+            for name, own in captioned.items()
         }
-        captioned = {name: rows[name] for name in null}
         conditioning = {
             name: torch.where(dropped.reshape(-1, *[1] * (tensor.dim() - 1)), null[name], tensor)
             for name, tensor in captioned.items()
@@ -172,5 +160,5 @@ class NoisyBatches:
         )
 
 
-def _to(conditioning: Conditioning, device: torch.device) -> Conditioning:
+def _to(conditioning: Conditioning, device: torch.device | str) -> Conditioning:
     return {name: tensor.to(device) for name, tensor in conditioning.items()}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,22 +11,26 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .buckets import Size, nearest_bucket, to_pixels
-from .conditioning import Conditioning, encode_prompts, encode_shared, family_of
-from .latents import draw_latents, encode_pictures
+from ..files import parse_json, read_header, read_tensors, sha256_of_tensors, write_tensors
+from ..images import to_rgb
+from ..mixers import Mixer
+from .bounds import check_numbers, number
+from .buckets import Size, check_sizes, nearest_bucket, parse_sizes, to_pixels
+from .conditioning import Conditioning, encode_null, encode_prompts, encode_shared, family_of
+from .denoiser_call import sampling_shift
+from .identity import component_digest, pipeline_settings
+from .latents import check_pipeline, draw_latents, encode_pictures
 from .sources import Example
 
 logger = logging.get_logger(__name__)
 
-_VERSION = 2
-_LATENTS, _INDEX, _BROKEN = "latents", "index", "broken"
+_VERSION = 3
+_LATENTS, _INDEX, _SHIFT, _NULL = "latents", "index", "shift", "null.safetensors"
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ class CacheSettings:
     """
 
     buckets: tuple[Size, ...]
-    draw_steps: int = 20
-    guidance_scale: float = 3.0
-    seed: int = 0
-    shard_size: int = 256
-    batch_size: int = 8
+    draw_steps: int = number(20, 1, 1000)
+    guidance_scale: float = number(3.0, 0.0, 1000.0)
+    seed: int = number(0, 0, 2**32 - 1)
+    shard_size: int = number(256, 1, 2**20)
+    batch_size: int = number(8, 1, 2**16)
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check_sizes(self.buckets or ((0, 0),), 1)
 
 
 class LatentCache(Dataset[dict[str, torch.Tensor]]):
@@ -56,7 +62,9 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     Attributes:
         sizes: (height, width) in pixels of each example.
         null: per size, the conditioning of the empty prompt (one row), and what all prompts have in common.
+        shifts: per size, where the pipeline shifts its timesteps by the size, by how much.
         broken: "name: reason" of every picture that was skipped.
+        identity: a digest of all that it holds.
 
     Raises:
         ValueError: no usable example.
@@ -67,30 +75,37 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         self.sizes: list[Size] = []
         self.broken: list[str] = []
         self.null: dict[Size, Conditioning] = {}
+        self.shifts: dict[Size, float] = {}
         self._rows: list[tuple[Path, str, int]] = []
         self._open: dict[Path, Any] = {}
-        for path in sorted(folder.glob("shard-*.safetensors")):
-            self._add(path)
+        digests = [self._add(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         if not self._rows:
             shown = "; ".join(self.broken[:3])
             raise ValueError(f"None of the {len(self.broken)} pictures can be read ({shown}): check the data.")
-        with safe_open(folder / "null.safetensors", framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                bucket, _, name = key.partition("/")
-                self.null.setdefault(_size(bucket), {})[name] = file.get_tensor(key)
+        null, _ = read_tensors(folder / _NULL)
+        for key, tensor in null.items():
+            bucket, _, name = key.partition("/")
+            if name == _SHIFT:
+                self.shifts[parse_sizes(bucket)[0]] = tensor.item()
+            else:
+                self.null.setdefault(parse_sizes(bucket)[0], {})[name] = tensor
+        self.identity = sha256_of_tensors(null, " ".join(digests))
 
-    def _add(self, path: Path) -> None:
+    def _add(self, path: Path) -> str:
+        """Take up a shard; its checksum."""
         with safe_open(path, framework="pt") as file:
-            self.broken += json.loads(file.metadata()[_BROKEN])
+            broken, checksum = read_header(file)
             rows = []
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 bucket, _, name = key.partition("/")
                 if name == _INDEX:
                     indices = file.get_tensor(key).tolist()
                     rows += [(index, bucket, row) for row, index in enumerate(indices)]
+        self.broken += parse_json(broken, str(path))
         for _, bucket, row in sorted(rows):
             self._rows.append((path, bucket, row))
-            self.sizes.append(_size(bucket))
+            self.sizes.append(parse_sizes(bucket)[0])
+        return checksum
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -142,18 +157,23 @@ def build_cache(
 ) -> LatentCache:
     """The cache of `examples`, built where it is not there yet.
 
-    It lives in a folder named by a fingerprint of everything it depends on (autoencoder, text encoders, buckets, the
-    examples and their files' sizes and times; for drawn latents also the denoiser and its settings), so one made under
-    other circumstances is never used. A killed build goes on from its last whole shard; each process writes every
-    `num_processes`-th one and meets the others at `wait`.
+    It lives in a folder named by a fingerprint of everything it depends on (autoencoder, tokenizers, text encoders,
+    buckets, the examples and their files' sizes and times; for drawn latents the whole pipeline), so one made under
+    other circumstances is never used. A killed build goes on from its last whole shard, and a shard that does not match
+    its checksum is made again; each process checks and writes every `num_processes`-th one and meets the others at
+    `wait`.
 
     Raises:
-        ValueError: no examples, or none of them usable.
+        ValueError: no examples, or none of them usable; a pipeline that needs more than a prompt; latents to be drawn
+            by a model that is converted already.
     """
+    check_pipeline(type(pipeline))
     if not examples:
         raise ValueError("There are no examples: pass pictures or prompts.")
     if family_of(model).recorded and any(example.open is not None for example in examples):
         raise ValueError(f"{type(model).__name__} is distilled from what it draws itself: pass prompts, not pictures.")
+    if any(example.open is None for example in examples) and any(isinstance(part, Mixer) for part in model.modules()):
+        raise ValueError("The model is converted already and would draw as the student: build the cache first.")
     folder = Path(cache_dir) / f"latents-{fingerprint(pipeline, model, examples, settings)}"
     if process_index == 0:
         others = [path for path in folder.parent.glob("latents-*") if path != folder]
@@ -162,13 +182,14 @@ def build_cache(
         folder.mkdir(parents=True, exist_ok=True)
         _write_null(pipeline, model, folder, settings)
     wait()
-    starts = range(0, len(examples), settings.shard_size)
-    mine = [(number, start) for number, start in enumerate(starts) if number % num_processes == process_index]
-    missing = [(number, start) for number, start in mine if not _is_whole(folder / _shard_name(number))]
-    bar = tqdm(missing, desc="caching latents", unit="shard", disable=process_index != 0 or not missing)
-    for number, start in bar:
-        part = list(enumerate(examples[start : start + settings.shard_size], start=start))
-        _write_shard(pipeline, model, part, folder / _shard_name(number), settings)
+    numbered, length = list(enumerate(examples)), settings.shard_size
+    shards = {
+        folder / f"shard-{start // length:05d}.safetensors": numbered[start : start + length]
+        for start in range(process_index * length, len(examples), num_processes * length)
+    }
+    missing = [path for path in shards if not _is_whole(path)]
+    for path in tqdm(missing, desc="caching latents", unit="shard", disable=process_index != 0 or not missing):
+        _write_shard(pipeline, model, shards[path], path, settings)
     wait()
     cache = LatentCache(folder)
     if cache.broken and process_index == 0:
@@ -178,134 +199,95 @@ def build_cache(
 
 def fingerprint(pipeline: Any, model: nn.Module, examples: Sequence[Example], settings: CacheSettings) -> str:
     """16 hexadecimal digits over everything that the cached tensors depend on."""
-    parts: dict[str, Any] = {"version": _VERSION, "settings": asdict(settings)}
+    parts = {"version": _VERSION, "settings": asdict(settings), "pipeline": pipeline_settings(pipeline)}
     drawn = any(example.open is None for example in examples)
     for name, component in sorted(pipeline.components.items()):
-        encodes = name.startswith(("vae", "text_encoder"))
-        if isinstance(component, nn.Module) and (encodes or (drawn and component is model)):
-            parts[name] = _weights_digest(component)
-    if drawn:
-        parts["scheduler"] = {key: str(value) for key, value in pipeline.scheduler.config.items()}
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for example in examples:
-        digest.update(json.dumps([example.name, example.caption, example.stamp]).encode())
-    return digest.hexdigest()[:16]
-
-
-def _weights_digest(module: nn.Module) -> str:
-    """Over every parameter's name, shape and up to a thousand of its values: a fine-tune changes them all."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        values = parameter.detach().flatten()
-        sample = values[:: max(1, len(values) // 1000)].float().cpu().contiguous()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
+        encodes = name.startswith(("vae", "text_encoder", "tokenizer", "processor", "scheduler"))
+        if component is not None and name != "safety_checker" and (drawn or encodes):
+            parts[name] = component_digest(component)
+    rows = [[example.name, example.caption, example.stamp] for example in examples]
+    return sha256_of_tensors({}, json.dumps([parts, rows], sort_keys=True, default=str))[:16]
 
 
 def _write_null(pipeline: Any, model: nn.Module, folder: Path, settings: CacheSettings) -> None:
-    path = folder / "null.safetensors"
+    path = folder / _NULL
     if _is_whole(path):
         return
     tensors = {}
     for size in settings.buckets:
-        for name, tensor in encode_prompts(pipeline, model, [""], size).items():
-            tensors[f"{_name(size)}/{name}"] = _compact(tensor)
-        for name, tensor in encode_shared(pipeline, model, size).items():
-            tensors[f"{_name(size)}/{name}"] = tensor.contiguous()  # positions and the like do not bear rounding
-    _save(tensors, path, {})
+        null = {name: _compact(tensor) for name, tensor in encode_null(pipeline, model, size).items()}
+        null.update(encode_shared(pipeline, model, size))  # positions and the like do not bear rounding
+        shift = sampling_shift(pipeline, model, size)
+        if shift is not None:
+            null[_SHIFT] = torch.tensor(shift, dtype=torch.float64)
+        tensors.update({f"{size[0]}x{size[1]}/{name}": tensor for name, tensor in null.items()})
+    write_tensors(path, tensors)
 
 
 def _write_shard(
     pipeline: Any, model: nn.Module, part: list[tuple[int, Example]], path: Path, settings: CacheSettings
 ) -> None:
     broken: list[str] = []
-    columns: dict[str, list[torch.Tensor]] = {}
-    for size, numbered, latents in _latent_batches(pipeline, model, part, settings, broken):
-        captions = [example.caption for _, example in numbered]
-        tensors = {_LATENTS: latents, **encode_prompts(pipeline, model, captions, size)}
-        tensors[_INDEX] = torch.tensor([index for index, _ in numbered])
-        for name, tensor in tensors.items():
-            columns.setdefault(f"{_name(size)}/{name}", []).append(tensor)
-    tensors = {name: _compact(torch.cat(rows)) for name, rows in columns.items()}
-    _save(tensors, path, {_BROKEN: json.dumps(broken)})
-
-
-def _latent_batches(
-    pipeline: Any, model: nn.Module, part: list[tuple[int, Example]], settings: CacheSettings, broken: list[str]
-) -> Iterator[tuple[Size, list[tuple[int, Example]], torch.Tensor]]:
-    """(size, numbered examples, their latents), a batch at a time; unreadable pictures are named in `broken`."""
-    grouped: dict[Size, list[tuple[tuple[int, Example], torch.Tensor | None]]] = {}
+    grouped: dict[Size, list[tuple[int, Example, torch.Tensor | None]]] = {}
     for index, example in part:
-        if example.open is None:
-            size = settings.buckets[index % len(settings.buckets)]
-            grouped.setdefault(size, []).append(((index, example), None))
-            continue
         try:
-            with example.open() as image:
-                size = nearest_bucket((image.height, image.width), settings.buckets)
-                pixels = to_pixels(image, size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            broken.append(f"{example.name}: {error}")
+            size, pixels = _size_and_pixels(example, index, settings.buckets)
+        except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, struct.error, its own
+            broken.append(f"{example.name}: {str(error)[:200]}")
             continue
-        grouped.setdefault(size, []).append(((index, example), pixels))
+        grouped.setdefault(size, []).append((index, example, pixels))
+    columns: dict[str, list[torch.Tensor]] = {}
     for size, members in grouped.items():
         for start in range(0, len(members), settings.batch_size):
             batch = members[start : start + settings.batch_size]
-            numbered = [member for member, _ in batch]
-            pixels_of = [pixels for _, pixels in batch if pixels is not None]
-            if pixels_of:
-                latents = encode_pictures(pipeline, torch.stack(pixels_of))
-            else:
-                seeds = [settings.seed + index for index, _ in numbered]
-                captions = [example.caption for _, example in numbered]
-                latents = draw_latents(
-                    pipeline, model, captions, seeds, size, settings.draw_steps, settings.guidance_scale
-                )
+            latents = _latents(pipeline, model, batch, size, settings)
             finite = latents.flatten(1).isfinite().all(1)
-            judged = list(zip(numbered, finite.tolist(), strict=True))
-            broken += [f"{member[1].name}: its latents are not finite" for member, whole in judged if not whole]
-            kept = [member for member, whole in judged if whole]
-            if kept:
-                yield size, kept, latents[finite]
+            broken += [f"{batch[row][1].name}: its latents are not finite" for row in (~finite).nonzero().flatten()]
+            tensors = {_LATENTS: latents, _INDEX: torch.tensor([index for index, _, _ in batch])}
+            tensors.update(encode_prompts(pipeline, model, [example.caption for _, example, _ in batch], size))
+            for name, tensor in tensors.items():
+                columns.setdefault(f"{size[0]}x{size[1]}/{name}", []).append(tensor[finite])
+    write_tensors(path, {name: _compact(torch.cat(rows)) for name, rows in columns.items()}, json.dumps(broken))
+
+
+def _size_and_pixels(example: Example, index: int, buckets: Sequence[Size]) -> tuple[Size, torch.Tensor | None]:
+    """The bucket that an example goes to, and its picture, None where the teacher draws it."""
+    if example.open is None:
+        return buckets[index % len(buckets)], None
+    with example.open() as image:
+        picture = to_rgb(image)
+    size = nearest_bucket((picture.height, picture.width), buckets)
+    return size, to_pixels(picture, size)
+
+
+def _latents(
+    pipeline: Any,
+    model: nn.Module,
+    batch: list[tuple[int, Example, torch.Tensor | None]],
+    size: Size,
+    settings: CacheSettings,
+) -> torch.Tensor:
+    pictures = [pixels for _, _, pixels in batch if pixels is not None]
+    if pictures:
+        return encode_pictures(pipeline, torch.stack(pictures))
+    captions, seeds = [example.caption for _, example, _ in batch], [settings.seed + index for index, _, _ in batch]
+    return draw_latents(pipeline, model, captions, seeds, size, settings.draw_steps, settings.guidance_scale)
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """float16 where that holds the values, else float32; other dtypes as they are. Contiguous."""
-    if tensor.is_floating_point():
-        half = tensor.half()
-        tensor = half if half.isfinite().all() else tensor.float()
-    return tensor.contiguous()
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """float16 where that holds the values, else float32; other dtypes as they are."""
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.half()
+    return half if half.isfinite().all() else tensor.float()
 
 
 def _is_whole(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        logger.warning(f"{path} is damaged and is made again.")
+        read_tensors(path)
+    except OSError as error:
+        logger.warning(f"{error}: it is made again.")
         return False
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
-
-
-def _name(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
-
-
-def _size(name: str) -> Size:
-    height, _, width = name.partition("x")
-    return int(height), int(width)
+    return True

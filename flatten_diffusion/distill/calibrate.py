@@ -105,7 +105,8 @@ def run_programs(
 
     def advance(name: str, sums: tuple[torch.Tensor, ...] | None) -> None:
         try:
-            pending[name] = programs[name].send(sums)  # type: ignore[arg-type]
+            with torch.no_grad():
+                pending[name] = programs[name].send(sums)  # type: ignore[arg-type]
         except StopIteration as end:
             pending.pop(name, None)
             results[name] = end.value

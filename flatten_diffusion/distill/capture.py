@@ -246,7 +246,7 @@ def _one_tensor(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor
     if isinstance(output, torch.Tensor):
         return output
     # The last block of some models leaves its text unprojected, as nobody reads it.
-    return torch.cat([part for part in output if part.shape[-1] == output[0].shape[-1]], dim=1)
+    return torch.cat([part for part in output if part.shape[-1] == output[0].shape[-1]], dim=-2)
 
 
 def _picture_rows(layer: ConvertedLayer, product: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +11,8 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from ..files import atomic_path, parse_json, read_tensors, sweep, write_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -34,17 +32,11 @@ def save_checkpoint(
 ) -> Path:
     """Write folder/checkpoint-`step`, then remove the oldest ones beyond `limit` (None keeps all)."""
     root = Path(folder)
-    target, partial = root / f"checkpoint-{step}", root / f".checkpoint-{step}.{os.getpid()}.partial"
-    for left_over in root.glob(".checkpoint-*.partial"):
-        shutil.rmtree(left_over)
-    partial.mkdir(parents=True)
-    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(data, partial / _FILE, metadata={"state": json.dumps(state), "sha256": _digest(data)})
-    _sync(partial / _FILE)
-    if target.exists():  # made before a restart from an earlier one
-        shutil.rmtree(target)
-    partial.rename(target)
-    _sync(root)
+    target = root / f"checkpoint-{step}"
+    for left in root.glob(".checkpoint-*.tmp"):  # of whatever step
+        sweep(root / left.name[1:].partition(".")[0])
+    with atomic_path(target, folder=True) as partial:
+        write_tensors(partial / _FILE, tensors, json.dumps(state))
     if limit is not None:
         for old in list_checkpoints(root)[:-limit]:
             shutil.rmtree(old)
@@ -60,16 +52,8 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read one checkpoint folder. Raises OSError when it is incomplete or damaged."""
     file = Path(path) / _FILE
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-        state = json.loads(metadata["state"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise OSError(f"{file} is missing or damaged ({error}).") from error
-    if metadata.get("sha256") != _digest(tensors):
-        raise OSError(f"{file} is damaged: its tensors do not match their checksum.")
-    return Checkpoint(tensors, state)
+    tensors, state = read_tensors(file)
+    return Checkpoint(tensors, parse_json(state, str(file), constant=float))
 
 
 def load_latest(folder: str | Path) -> Checkpoint | None:
@@ -78,24 +62,8 @@ def load_latest(folder: str | Path) -> Checkpoint | None:
         try:
             checkpoint = load_checkpoint(path)
         except OSError as error:
-            logger.warning(f"{error} Falling back to the checkpoint before it.")
+            logger.warning(f"{error}. Falling back to the checkpoint before it.")
             continue
         logger.info(f"Resuming from {path}.")
         return checkpoint
     return None
-
-
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,7 @@
 """What each denoiser is conditioned on: how prompts become tensors, and how tensors become the model's arguments.
 
-One row of `FAMILIES` per model class. To add one, write its two functions and the row. A class without one is fed as
-its pipeline feeds it (see `denoiser_call`).
+One row of `FAMILIES` per model class. To add one, write how it encodes prompts, under the names of the model's own
+arguments, and the row. A class without one is fed as its pipeline feeds it (see `denoiser_call`).
 """
 
 from __future__ import annotations
@@ -9,16 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers.utils import logging
+import torch.nn.functional as F
 from torch import nn
 
-from .denoiser_call import Conditioning, can_record, is_shared, record_rows, record_shared, replay
+from .denoiser_call import (
+    Conditioning,
+    can_record,
+    default_of,
+    is_shared,
+    record_rows,
+    record_shared,
+    replay,
+    sample_name,
+)
 from .equal_tokens import can_count, counted_last_key, merge_zeros, repeat_last
-
-logger = logging.get_logger(__name__)
 
 LAST_TOKEN_COUNTS = "last_token_counts"
 """Conditioning [B]: how many equal text tokens the last one of `encoder_hidden_states` stands for."""
@@ -29,28 +36,25 @@ class Family:
     """How one model class is fed.
 
     Attributes:
-        encode: (pipeline, prompts, (height, width) in pixels) -> conditioning on CPU, one row per prompt; an empty
-            prompt gives the unconditional row that the pipeline itself would use for guidance.
-        arguments: (model, conditioning) -> keyword arguments beside the noisy sample and the timestep.
-        sample: name of the noisy sample's argument.
-        conditional: whether prompts mean anything.
+        encode: (pipeline, model, prompts, (height, width) in pixels) -> conditioning on CPU, one row per prompt; an
+            empty prompt gives the unconditional row that the pipeline itself would use for guidance.
         packed: the model takes 2 x 2 patches as tokens [B, h w / 4, 4 C] and positions beside them, as Flux does, and
             a timestep between 0 and 1.
         recorded: conditioning and layout are the pipeline's own, see `denoiser_call`; the teacher has to draw the data.
     """
 
-    encode: Callable[[Any, Sequence[str], tuple[int, int]], Conditioning]
-    arguments: Callable[[Any, Conditioning], dict[str, Any]]
-    sample: str = "sample"
-    conditional: bool = True
+    encode: Callable[[Any, Any, Sequence[str], tuple[int, int]], Conditioning]
     packed: bool = False
     recorded: bool = False
 
 
-def _encode_stable_diffusion(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
-    device = pipeline.text_encoder.device
+def _encode_stable_diffusion(pipeline: Any, model: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    device, conditioning = pipeline.text_encoder.device, {}
+    if model.config.get("time_cond_proj_dim"):  # guidance is an input of latent consistency models
+        strength = torch.full((len(prompts),), default_of(pipeline, "guidance_scale") - 1)
+        conditioning["timestep_cond"] = pipeline.get_guidance_scale_embedding(strength, model.config.time_cond_proj_dim)
     if getattr(pipeline, "text_encoder_2", None) is None:
-        return {"encoder_hidden_states": pipeline.encode_prompt(list(prompts), device, 1, False)[0]}
+        return {**conditioning, "encoder_hidden_states": pipeline.encode_prompt(list(prompts), device, 1, False)[0]}
     embeddings, _, pooled, _ = pipeline.encode_prompt(
         list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
@@ -58,18 +62,10 @@ def _encode_stable_diffusion(pipeline: Any, prompts: Sequence[str], size: tuple[
         given = torch.tensor([bool(prompt) for prompt in prompts], device=embeddings.device)
         embeddings, pooled = embeddings * given[:, None, None], pooled * given[:, None]
     time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).expand(len(prompts), -1)
-    return {"encoder_hidden_states": embeddings, "text_embeds": pooled, "time_ids": time_ids}
+    return {**conditioning, "encoder_hidden_states": embeddings, "text_embeds": pooled, "time_ids": time_ids}
 
 
-def _unet_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
-    added = {name: conditioning[name] for name in ("text_embeds", "time_ids") if name in conditioning}
-    arguments: dict[str, Any] = {"encoder_hidden_states": conditioning["encoder_hidden_states"]}
-    if added:
-        arguments["added_cond_kwargs"] = added
-    return arguments
-
-
-def _encode_pixart(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+def _encode_pixart(pipeline: Any, model: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
     embeddings, mask, *_ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
     conditioning = {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
     if pipeline.transformer.use_additional_conditions:
@@ -78,32 +74,25 @@ def _encode_pixart(pipeline: Any, prompts: Sequence[str], size: tuple[int, int])
     return conditioning
 
 
-def _pixart_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
-    return {
-        "encoder_hidden_states": conditioning["encoder_hidden_states"],
-        "encoder_attention_mask": conditioning["encoder_attention_mask"],
-        "added_cond_kwargs": {name: conditioning.get(name) for name in ("resolution", "aspect_ratio")},
-    }
-
-
-def _encode_class(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
-    """Prompts are class numbers or names in the pipeline's label table; the empty one is the null class."""
-    null = pipeline.transformer.config.num_embeds_ada_norm
+def _encode_class(pipeline: Any, model: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    """Prompts are class numbers or names in the pipeline's label table; the empty one is DiT's null class."""
+    null = model.config.get("num_embeds_ada_norm")
+    last = model.config.num_class_embeds - 1 if null is None else null
     labels: Mapping[str, int] = getattr(pipeline, "labels", None) or {}
     numbers = []
     for prompt in prompts:
-        number = null if not prompt else int(prompt) if prompt.isdecimal() else labels.get(prompt, -1)
-        if not 0 <= number <= null:
-            raise ValueError(f"Caption {prompt!r} is no class of this model: give a number below {null} or a label.")
+        number = int(prompt) if prompt.isdecimal() else labels.get(prompt, -1) if prompt or null is None else null
+        if not 0 <= number <= last:
+            raise ValueError(f"Caption {prompt[:40]!r} is no class of this model: give a label or a number to {last}.")
         numbers.append(number)
     return {"class_labels": torch.tensor(numbers)}
 
 
-def _class_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
-    return {"class_labels": conditioning["class_labels"]}
+def _encode_unconditional(pipeline: Any, model: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    return _encode_class(pipeline, model, prompts, size) if model.config.num_class_embeds else {}
 
 
-def _encode_joint(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+def _encode_joint(pipeline: Any, model: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
     embeddings, _, pooled, _ = pipeline.encode_prompt(
         list(prompts), prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
     )
@@ -113,57 +102,42 @@ def _encode_joint(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) 
     return conditioning
 
 
-def _joint_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
-    return {name: conditioning[name] for name in ("encoder_hidden_states", "pooled_projections")}
-
-
-def _encode_flux(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+def _encode_flux(pipeline: Any, model: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
     embeddings, pooled, _ = pipeline.encode_prompt(list(prompts), prompt_2=None)
     return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
 
-def _flux_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
-    embeddings = conditioning["encoder_hidden_states"]
-    guidance = None
-    if model.config.guidance_embeds:  # guidance is an input of such models: distilled where it is used
-        guidance = torch.full((len(embeddings),), _FLUX_GUIDANCE, device=embeddings.device)
-    text_positions = torch.zeros(embeddings.shape[1], 3, device=embeddings.device, dtype=embeddings.dtype)
-    return {**_joint_arguments(model, conditioning), "guidance": guidance, "txt_ids": text_positions}
-
-
-def _encode_nothing(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
-    return {}
-
-
-def _no_arguments(model: Any, conditioning: Conditioning) -> dict[str, Any]:
-    return {}
-
-
+# What such conditioning is called by models, which take it as one dictionary.
+_ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 # The default of diffusers' FluxPipeline.
 _FLUX_GUIDANCE = 3.5
+# Settings of U-Nets that are fed as the row says; with others only their pipelines know what they are given.
+_PLAIN = {"num_class_embeds": None, "addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj"}
 
 FAMILIES: dict[str, Family] = {
-    "UNet2DConditionModel": Family(_encode_stable_diffusion, _unet_arguments),
-    "UNet2DModel": Family(_encode_nothing, _no_arguments, conditional=False),
-    "PixArtTransformer2DModel": Family(_encode_pixart, _pixart_arguments, sample="hidden_states"),
-    "DiTTransformer2DModel": Family(_encode_class, _class_arguments, sample="hidden_states"),
-    "SD3Transformer2DModel": Family(_encode_joint, _joint_arguments, sample="hidden_states"),
-    "FluxTransformer2DModel": Family(_encode_flux, _flux_arguments, sample="hidden_states", packed=True),
+    "UNet2DConditionModel": Family(_encode_stable_diffusion),
+    "UNet2DModel": Family(_encode_unconditional),
+    "PixArtTransformer2DModel": Family(_encode_pixart),
+    "DiTTransformer2DModel": Family(_encode_class),
+    "SD3Transformer2DModel": Family(_encode_joint),
+    "FluxTransformer2DModel": Family(_encode_flux, packed=True),
 }
 
 
-def _encode_recorded(pipeline: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
-    return record_rows(pipeline, pipeline.transformer, prompts, size)
+def _encode_recorded(pipeline: Any, model: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    return record_rows(pipeline, model, prompts, size)
 
 
-_RECORDED = Family(_encode_recorded, _no_arguments, recorded=True)
+_RECORDED = Family(_encode_recorded, recorded=True)
 
 
 def family_of(model: nn.Module) -> Family:
     """The row of a model, or the recorded family. Raises ValueError for what is no denoiser."""
-    for cls in type(model).__mro__:
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
+    name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in FAMILIES), "")
+    config: Any = model.config if name else {}
+    plain = name != "UNet2DConditionModel" or all(config.get(key) in (None, value) for key, value in _PLAIN.items())
+    if name and plain and config.get("class_embed_type") is None:
+        return FAMILIES[name]
     if can_record(model):
         return _RECORDED
     raise ValueError(f"{type(model).__name__} cannot be distilled: it is no denoiser that a pipeline calls on prompts.")
@@ -172,8 +146,15 @@ def family_of(model: nn.Module) -> Family:
 @torch.no_grad()
 def encode_prompts(pipeline: Any, model: nn.Module, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
     """Conditioning of `prompts` for pictures of `size` (height, width) in pixels: CPU tensors, a row per prompt."""
-    conditioning = family_of(model).encode(pipeline, prompts, size)
+    conditioning = family_of(model).encode(pipeline, model, prompts, size)
     return {name: tensor.detach().cpu() for name, tensor in conditioning.items()}
+
+
+def encode_null(pipeline: Any, model: nn.Module, size: tuple[int, int]) -> Conditioning:
+    """Conditioning of the empty prompt, one row; empty for a model whose classes have none."""
+    config: Any = model.config
+    known = family_of(model).encode is not _encode_unconditional or not config.num_class_embeds
+    return encode_prompts(pipeline, model, [""], size) if known else {}
 
 
 def encode_shared(pipeline: Any, model: nn.Module, size: tuple[int, int]) -> Conditioning:
@@ -197,16 +178,22 @@ def predict(
     if family.recorded:
         recorded: torch.Tensor = network(**replay(model, noisy.to(dtype), timesteps, inputs), return_dict=False)[0]
         return recorded
-    counted = _count_last_token(model, inputs)
-    arguments = {family.sample: noisy.to(dtype), "timestep": timesteps, **family.arguments(model, inputs)}
+    counted, grid = _count_last_token(model, inputs), (noisy.shape[-2] // 2, noisy.shape[-1] // 2)
+    added = {name: inputs.pop(name) for name in _ADDED if name in inputs}
+    arguments: dict[str, Any] = {**inputs, sample_name(model): noisy.to(dtype), "timestep": timesteps}
+    if added:
+        arguments["added_cond_kwargs"] = added
     if family.packed:
-        height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
-        arguments[family.sample] = pack_latents(arguments[family.sample])
-        arguments["img_ids"] = _positions(height, width).to(noisy.device, dtype)
+        text = inputs["encoder_hidden_states"]
+        arguments[sample_name(model)] = pack_latents(noisy.to(dtype))
         arguments["timestep"] = (timesteps / 1000).to(dtype)
+        arguments["img_ids"] = torch.cartesian_prod(*map(torch.arange, (1, *grid))).to(text)
+        arguments["txt_ids"] = text.new_zeros(text.shape[1], 3)
+        if cast(Any, model).config.guidance_embeds:  # an input of such models: distilled where it is used
+            arguments["guidance"] = torch.full((len(text),), _FLUX_GUIDANCE, device=text.device)
     with counted:
         output: torch.Tensor = network(**arguments, return_dict=False)[0]
-    return unpack_latents(output, (height, width)) if family.packed else output
+    return unpack_latents(output, grid) if family.packed else output
 
 
 def _count_last_token(model: nn.Module, inputs: Conditioning) -> AbstractContextManager[Any]:
@@ -223,19 +210,9 @@ def _count_last_token(model: nn.Module, inputs: Conditioning) -> AbstractContext
 
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:
     """[B, C, h, w] -> tokens [B, h w / 4, 4 C], one per 2 x 2 patch, row-major."""
-    batch, channels, height, width = latents.shape
-    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def unpack_latents(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Tokens [B, h w / 4, 4 C] on the `grid` (h / 2, w / 2) -> [B, C, h, w]; the inverse of `pack_latents`."""
-    batch, _, channels = tokens.shape
-    patches = tokens.reshape(batch, *grid, channels // 4, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * grid[0], 2 * grid[1])
-
-
-def _positions(height: int, width: int) -> torch.Tensor:
-    """[height * width, 3]: zero, row and column of each token."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), 2)

@@ -9,8 +9,7 @@ The latents stay in the layout that the denoiser takes, so only data that the te
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,7 +26,7 @@ _SCALARS = {"bool": bool, "int": int, "float": float}
 
 
 # What was found out by comparing calls, which takes two runs of the text encoders: names of the rows, and the rest.
-_layouts: WeakKeyDictionary[nn.Module, dict[Size, tuple[list[str], Conditioning]]] = WeakKeyDictionary()
+_layouts: WeakKeyDictionary[nn.Module, dict[str, tuple[list[str], Conditioning]]] = WeakKeyDictionary()
 
 
 class _Recorded(Exception):
@@ -72,7 +71,7 @@ def replay(
     factor, offset = conditioning[_TIMESTEP]
     flat = {name.removeprefix(SHARED): tensor for name, tensor in conditioning.items() if name != _TIMESTEP}
     arguments = _nest(flat)
-    arguments[_sample_name(model)] = noisy
+    arguments[sample_name(model)] = noisy
     timestep = _timestep_name(model)
     arguments[timestep] = (timesteps * factor + offset).to(arguments[timestep].dtype)
     return arguments
@@ -95,7 +94,7 @@ def draw_recorded(
         last[:] = [tensors["latents"]]
         return {}
 
-    options = _options(pipeline, prompts, size, steps)
+    options = _options(pipeline, model, prompts, size, steps)
     options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     if "guidance_scale" in options:
         options["guidance_scale"] = guidance
@@ -103,18 +102,34 @@ def draw_recorded(
     return last[0].float().cpu()
 
 
+@torch.no_grad()
+def sampling_shift(pipeline: Any, model: nn.Module, size: Size) -> float | None:
+    """By how much the pipeline itself shifts its timesteps for pictures of `size`: s, where its median one is that of
+    s u / (1 + (s - 1) u) over u from 0 to 1. None where its scheduler does not look at the size."""
+    if not pipeline.scheduler.config.get("use_dynamic_shifting"):
+        return None
+    _calls(pipeline, model, [""], size, 1, default_of(pipeline, "num_inference_steps"))
+    median = pipeline.scheduler.timesteps.double().quantile(0.5).item() / pipeline.scheduler.config.num_train_timesteps
+    return median / (1 - median)
+
+
+def default_of(pipeline: Any, name: str) -> Any:
+    """The default of an argument of the pipeline's call."""
+    return inspect.signature(type(pipeline).__call__).parameters[name].default
+
+
 def _layout(pipeline: Any, model: nn.Module, size: Size) -> tuple[list[str], Conditioning]:
     """Names of what has a row per prompt, and the rest; found by comparing one prompt with two."""
-    known = _layouts.setdefault(model, {})
-    if size not in known:
-        known[size] = _find_layout(pipeline, model, size)
-    return known[size]
+    known, key = _layouts.setdefault(model, {}), f"{size} {pipeline.scheduler.config}"
+    if key not in known:
+        known[key] = _find_layout(pipeline, model, size)
+    return known[key]
 
 
 def _find_layout(pipeline: Any, model: nn.Module, size: Size) -> tuple[list[str], Conditioning]:
     first, second = _calls(pipeline, model, [""], size, 2)
     double = _calls(pipeline, model, ["", ""], size, 1)[0]
-    sample, timestep = _sample_name(model), _timestep_name(model)
+    sample, timestep = sample_name(model), _timestep_name(model)
     rows, shared = [], {}
     for name, tensor in first.items():
         if name == sample or name == timestep:
@@ -135,51 +150,46 @@ def _find_layout(pipeline: Any, model: nn.Module, size: Size) -> tuple[list[str]
     return rows, shared
 
 
-def _calls(pipeline: Any, model: nn.Module, prompts: Sequence[str], size: Size, count: int) -> list[Conditioning]:
+def _calls(
+    pipeline: Any, model: nn.Module, prompts: Sequence[str], size: Size, count: int, steps: int = 2
+) -> list[Conditioning]:
     """The denoiser's arguments in its first `count` calls, flat, on CPU; defaults left out."""
-    calls: list[Conditioning] = []
+    recorded: list[dict[str, Any]] = []
     names = _parameters(model)
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        flat: Conditioning = {}
-        for name, value in given.items():
-            parameter = names.get(name)
-            is_default = parameter is not None and value is parameter.default
-            if name == "return_dict" or value is None or is_default or (isinstance(value, dict) and not value):
-                continue
-            _flatten(module, name, value, flat)
-        calls.append(flat)
-        if len(calls) == count:
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorded.append({**dict(zip(names, args, strict=False)), **kwargs})
+        if len(recorded) == count:
             raise _Recorded
 
-    with _hooked(model, record):
-        try:
-            pipeline(**_options(pipeline, prompts, size, 2), generator=torch.Generator().manual_seed(0))
-        except _Recorded:
-            pass
-    if len(calls) < count:
+    handle = model.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        pipeline(**_options(pipeline, model, prompts, size, steps), generator=torch.Generator().manual_seed(0))
+    except _Recorded:
+        pass
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _cannot(model, f"{type(pipeline).__name__} fails on a prompt alone ({str(error)[:200]})") from error
+    finally:
+        handle.remove()
+    if len(recorded) < count:
         raise _cannot(model, f"{type(pipeline).__name__} does not call it")
-    if any(len(call[_sample_name(model)]) != len(prompts) for call in calls):
+    calls: list[Conditioning] = [{} for _ in recorded]
+    for flat, given in zip(calls, recorded, strict=True):
+        for name, value in given.items():
+            empty = value is None or (isinstance(value, dict) and not value)
+            if name != "return_dict" and not empty and not (name in names and value is names[name].default):
+                _flatten(model, name, value, flat)
+    if any(len(call[sample_name(model)]) != len(prompts) for call in calls):
         raise _cannot(model, f"{type(pipeline).__name__} guides without being asked to")
     return calls
 
 
-@contextmanager
-def _hooked(model: nn.Module, hook: Any) -> Iterator[None]:
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _options(pipeline: Any, prompts: Sequence[str], size: Size, steps: int) -> dict[str, Any]:
+def _options(pipeline: Any, model: Any, prompts: Sequence[str], size: Size, steps: int) -> dict[str, Any]:
     """Arguments of an unguided call; guidance that is an input of the model stays the pipeline's default."""
     accepted = inspect.signature(type(pipeline).__call__).parameters
     options: dict[str, Any] = {"prompt": list(prompts), "num_inference_steps": steps, "output_type": "latent"}
     options.update({name: side for name, side in zip(("height", "width"), size, strict=True) if name in accepted})
-    embedded = bool(pipeline.transformer.config.get("guidance_embeds")) if hasattr(pipeline, "transformer") else False
+    embedded = any(model.config.get(name) for name in ("guidance_embeds", "time_cond_proj_dim"))
     if "guidance_scale" in accepted and not embedded:
         options["guidance_scale"] = 1.0
     return options
@@ -228,7 +238,8 @@ def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
     return parameters
 
 
-def _sample_name(model: nn.Module) -> str:
+def sample_name(model: nn.Module) -> str:
+    """The name of the noisy sample's argument."""
     return next(iter(_parameters(model)))
 
 

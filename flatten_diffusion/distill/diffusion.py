@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..files import sha256_of_tensors
+
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 """What a model may be trained to predict. "flow" is the velocity noise - clean of flow matching."""
 
@@ -15,21 +17,26 @@ class Diffusion:
 
     Diffusion models use the scheduler's `alphas_cumprod` (Ho et al., "Denoising Diffusion Probabilistic Models",
     NeurIPS 2020, eq. 4; v-prediction: Salimans & Ho, ICLR 2022); flow matching uses `x = (1 - s) clean + s noise`
-    (Lipman et al., ICLR 2023) with the scheduler's static `shift` of s.
+    (Lipman et al., ICLR 2023) with the scheduler's `shift` or `flow_shift` of s.
 
     Attributes:
         prediction: one of `PREDICTIONS`.
         steps: number of training timesteps.
+        shift: of timesteps towards noise; None where the scheduler leaves it to the picture's size.
 
     Raises:
-        ValueError: a scheduler that says neither, or a prediction type this does not know.
+        ValueError: a scheduler that says neither, that counts from noise to data, or a prediction type this does not
+            know.
     """
 
     def __init__(self, scheduler: Any) -> None:
         config = scheduler.config
         self.steps = int(config.num_train_timesteps)
-        self.shift = float(config.get("shift", 1.0) or 1.0)
+        shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
+        self.shift = None if config.get("use_dynamic_shifting") else shift
         self._alphas: torch.Tensor | None = None
+        if config.get("invert_sigmas"):
+            raise ValueError(f"{type(scheduler).__name__} with invert_sigmas cannot be distilled: it counts backwards.")
         if type(scheduler).__name__.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction":
             self.prediction = "flow"
             return
@@ -42,17 +49,28 @@ class Diffusion:
             )
         self._alphas = alphas.double().cpu()
 
-    def draw_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
+    def draw_timesteps(self, count: int, generator: torch.Generator, shift: float | None = None) -> torch.Tensor:
         """[count] timesteps as the model takes them, stratified: one in each count-th of the range, shuffled.
 
-        int64 for diffusion, float32 (1000 s, with s in (0, 1]) for flow matching.
+        int64 for diffusion, float32 (1000 s, with s in (0, 1]) for flow matching, shifted by `shift` where the
+        scheduler leaves that to the picture's size (see `denoiser_call.sampling_shift`).
+
+        Raises:
+            ValueError: such a scheduler, and no `shift`.
         """
         order = torch.randperm(count, generator=generator)
         share = (order + torch.rand(count, generator=generator)) / count
         if self.prediction != "flow":
             return (share * self.steps).long().clamp(max=self.steps - 1)
-        share = share.clamp(min=1e-3)
-        return self.steps * self.shift * share / (1 + (self.shift - 1) * share)
+        share, shift = share.clamp(min=1e-3), shift if self.shift is None else self.shift
+        if shift is None:
+            raise ValueError("The scheduler shifts timesteps by the picture's size: pass `shift`.")
+        return self.steps * shift * share / (1 + (shift - 1) * share)
+
+    def identity(self) -> str:
+        """A digest of the process."""
+        alphas = {} if self._alphas is None else {"alphas": self._alphas}
+        return sha256_of_tensors(alphas, f"{self.prediction} {self.steps} {self.shift}")
 
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Latents [B, C, ...] at `timesteps` [B]."""

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,23 @@ from typing import Any
 import torch
 from accelerate.accelerator import Accelerator
 from accelerate.utils import DistributedType
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 from ..adapter import Adapter, AdapterConfig
+from ..files import parse_json, write_text
 from ..mixers import PROJECTIONS
 from .batches import NoisyBatch, NoisyBatches
+from .bounds import check_numbers, number
 from .cache import LatentCache
 from .calibrate import CalibrationSettings, calibrate
 from .capture import FeatureTap
 from .checkpoint import Checkpoint, load_latest, save_checkpoint
 from .diffusion import Diffusion
-from .ema import AdapterEMA
+from .identity import component_digest
 from .objective import Gap, LossWeights, Objective, measure_gap
 from .transfer import transfer_step
 
@@ -38,12 +42,30 @@ STAGES = ("calibrate", "transfer", "finetune")
 
 @dataclass(frozen=True)
 class StageSettings:
-    """One gradient stage: optimizer steps, peak learning rate, schedule (a name of diffusers' `get_scheduler`)."""
+    """One gradient stage: optimizer steps, peak learning rate, schedule (a name of diffusers' `get_scheduler`).
 
-    steps: int
-    learning_rate: float
+    Raises:
+        ValueError: a number out of range, or a schedule that does not exist or needs more than these numbers.
+    """
+
+    steps: int = number(MISSING, 0, 10**9)
+    learning_rate: float = number(MISSING, 1e-12, 10.0)
     lr_scheduler: str = "cosine"
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: int = number(0, 0, 10**9)
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        self.schedule()
+
+    def schedule(self) -> Callable[[int], float]:
+        """Step -> factor of the learning rate."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        steps = {"num_warmup_steps": self.lr_warmup_steps, "num_training_steps": self.steps}
+        try:
+            return get_scheduler(self.lr_scheduler, optimizer, **steps).lr_lambdas[0]
+        except (ValueError, AttributeError) as error:
+            known = ", ".join(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT)
+            raise ValueError(f"lr_scheduler {self.lr_scheduler!r} cannot be used: choose one of {known}.") from error
 
 
 @dataclass(frozen=True)
@@ -63,33 +85,32 @@ class DistillSettings:
     """
 
     stages: tuple[str, ...] = STAGES
-    seed: int = 0
-    train_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    caption_dropout: float = 0.1
-    max_grad_norm: float = 1.0
-    adam_weight_decay: float = 0.0
+    seed: int = number(0, 0, 2**32 - 1)
+    train_batch_size: int = number(16, 1, 2**16)
+    gradient_accumulation_steps: int = number(1, 1, 2**16)
+    caption_dropout: float = number(0.1, 0.0, 1.0)
+    max_grad_norm: float = number(1.0, 1e-9, 1e9)
+    adam_weight_decay: float = number(0.0, 0.0, 1.0)
     projections: tuple[str, ...] = PROJECTIONS
-    rank: int | None = 16
+    rank: int | None = number(16, 1, 2**12)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
-    calibration_batches: int = 12
-    evaluation_batches: int = 8
+    calibration_batches: int = number(12, 1, 2**16)
+    evaluation_batches: int = number(8, 1, 2**16)
     transfer: StageSettings = StageSettings(300, 3e-3)
     finetune: StageSettings = StageSettings(1000, 3e-4)
     weights: LossWeights = field(default_factory=LossWeights)
-    ema_decay: float | None = 0.99
-    patience: int = 5
+    ema_decay: float | None = number(0.99, 0.0, 0.999999)
+    patience: int = number(5, 1, 2**16)
 
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown or not self.stages:
             raise ValueError(f"Unknown stage {', '.join(unknown) or 'list'}: choose out of {', '.join(STAGES)}.")
         object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))
-        for name in ("train_batch_size", "gradient_accumulation_steps", "calibration_batches", "evaluation_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: pass at least 1.")
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout is {self.caption_dropout}: pass a share between 0 and 1.")
+        object.__setattr__(self, "projections", tuple(self.projections))
+        if not set(self.projections) <= set(PROJECTIONS):
+            raise ValueError(f"projections are {', '.join(self.projections)}: choose out of {', '.join(PROJECTIONS)}.")
+        check_numbers(self)
 
 
 @dataclass
@@ -104,16 +125,18 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON types; `from_json` is its inverse."""
-        return asdict(self)
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.stage} step {self.step}"
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Progress:
-        gaps = {name: Gap(**gap) for name, gap in values["gaps"].items()}
-        return cls(**{**values, "gaps": gaps})
+        """The inverse of dataclasses' `asdict`."""
+        return cls(**{**values, "gaps": {name: Gap(**gap) for name, gap in values["gaps"].items()}})
 
 
+@dataclass(eq=False, repr=False)
 class Distiller:
     """Brings a freshly converted model back to the quality of its original.
 
@@ -126,51 +149,50 @@ class Distiller:
         output_dir: for checkpoints and history.jsonl; None writes nothing.
         checkpointing_steps: optimizer steps between checkpoints; checkpoints_total_limit: how many are kept.
         on_step: called after each optimizer step with (distiller, losses), for logging and validation.
-
-    Raises:
-        ValueError: the checkpoint in `output_dir` was made with other settings.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        adapter: Adapter,
-        diffusion: Diffusion,
-        train: LatentCache,
-        held_out: LatentCache,
-        settings: DistillSettings,
-        *,
-        output_dir: Path | None = None,
-        checkpointing_steps: int = 500,
-        checkpoints_total_limit: int | None = 3,
-        dataloader_num_workers: int = 0,
-        on_step: Callable[[Distiller, dict[str, float]], None] | None = None,
-    ) -> None:
-        self.accelerator, self.adapter, self.diffusion, self.settings = accelerator, adapter, diffusion, settings
-        self.train, self.held_out = train, held_out
-        self.output_dir = output_dir
-        self.checkpointing_steps, self.checkpoints_total_limit = checkpointing_steps, checkpoints_total_limit
-        self.workers = dataloader_num_workers
-        self.on_step = on_step
+    accelerator: Accelerator
+    adapter: Adapter
+    diffusion: Diffusion
+    train: LatentCache
+    held_out: LatentCache
+    settings: DistillSettings
+    _: KW_ONLY
+    output_dir: Path | None = None
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = 3
+    dataloader_num_workers: int = 0
+    on_step: Callable[[Distiller, dict[str, float]], None] | None = None
+
+    def __post_init__(self) -> None:
         self.progress = Progress()
-        self.objective = Objective(adapter, adapter.model, diffusion, settings.weights)
+        self.objective = Objective(self.adapter, self.adapter.model, self.diffusion, self.settings.weights)
         self.optimizer: Any = None
-        self.ema: AdapterEMA | None = None
-        self._sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.ema: EMAModel | None = None
+        self._sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self._evaluation: list[NoisyBatch] | None = None
         self._bad_in_a_row = 0
+        # Now, while its weights are whole on each process.
+        self._teacher = ""
+        if self.output_dir is not None:
+            self._teacher = component_digest(self.adapter.model, list(self.adapter.parameters()))
 
     # ---- the whole run ----
 
     def run(self, resume: bool = False) -> Progress:
-        """All stages of the settings. With `resume`, from the newest readable checkpoint in `output_dir`, if any."""
-        checkpoint = load_latest(self.output_dir) if resume and self.output_dir is not None else None
-        if checkpoint is not None:
-            self._restore_progress(checkpoint)
+        """All stages of the settings. With `resume`, from the newest readable checkpoint in `output_dir`, if any.
+
+        Raises:
+            ValueError: that checkpoint was made with other settings, another model or other data.
+            FloatingPointError: losses, the adapter or what it gives are not finite; checkpoints are from before that.
+        """
+        checkpoint = self.load_checkpoint() if resume else None
         self._cut_history()
         self._float_parameters()
         if "raw" not in self.progress.gaps:
             self.progress.gaps["raw"] = self.evaluate()
+            if not math.isfinite(self.progress.gaps["raw"].teacher):
+                raise FloatingPointError("The teacher's own loss is not finite: train in bfloat16 or float32.")
         for stage in self.settings.stages:
             if stage in self.progress.finished:
                 continue
@@ -185,9 +207,19 @@ class Distiller:
             checkpoint = None
             self.progress.seconds[stage] = self.progress.seconds.get(stage, 0.0) + time.monotonic() - started
             self.progress.finished.append(stage)
-            self.progress.gaps[stage] = self.evaluate()
+            self.progress.gaps[stage] = gap = self.evaluate()
+            if not math.isfinite(gap.student):
+                raise FloatingPointError(f"{stage} ended with a held-out loss that is not finite: {_REMEDY}.")
             self._save()
         return self.progress
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """Adapter and progress become those of the newest readable checkpoint in `output_dir`, if any, which is
+        returned. Raises ValueError when it was made with other settings, another model or other data."""
+        checkpoint = None if self.output_dir is None else load_latest(self.output_dir)
+        if checkpoint is not None:
+            self._restore_progress(checkpoint)
+        return checkpoint
 
     def evaluate(self) -> Gap:
         """Teacher against student on the held-out examples, always the same noise; all processes together."""
@@ -215,9 +247,7 @@ class Distiller:
         accumulation = self.settings.gradient_accumulation_steps
         passes = range(self.progress.step * accumulation, plan.steps * accumulation)
         batches = iter(self._batches(self.train, passes, stage))
-        factor = get_scheduler(
-            plan.lr_scheduler, self.optimizer, num_warmup_steps=plan.lr_warmup_steps, num_training_steps=plan.steps
-        ).lr_lambdas[0]
+        factor = plan.schedule()
         compute = self._transfer_losses if stage == "transfer" else self._finetune_losses
         bar = tqdm(
             total=plan.steps,
@@ -238,7 +268,7 @@ class Distiller:
                 self._save()
         bar.close()
         if self.ema is not None:
-            self.ema.copy_to_parameters()
+            self.ema.copy_to(self.adapter.parameters())
         self.optimizer, self.ema = None, None
 
     def _optimizer_step(
@@ -253,11 +283,11 @@ class Distiller:
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.double() / len(batches)
         names = sorted(sums)
-        values = self._mean(torch.stack([sums[name].cpu() for name in names]))
+        values = self._sum(torch.stack([sums[name].cpu() for name in names])) / self.accelerator.num_processes
         finite = bool(values.isfinite().all())
         finite = finite and self._apply_gradients()
         if finite and self.ema is not None:
-            self.ema.step()
+            self.ema.step(self.adapter.parameters())
         self._count_bad(not finite, batches[-1])
         return dict(zip(names, values.tolist(), strict=True))
 
@@ -271,11 +301,11 @@ class Distiller:
         self._average_gradients()
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
-        if scaler is not None:  # skips an overflowing step itself, and lowers its scale
+        norm = clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        if scaler is not None:  # skips an overflowing step itself, and lowers its scale until none overflows
             scaler.step(self.optimizer)
             scaler.update()
-            return True
+            return bool(scaler.get_scale() > 1e-6)
         if not norm.isfinite():
             return False
         self.optimizer.step()
@@ -333,33 +363,29 @@ class Distiller:
         else:
             self.optimizer = optimizer  # no wrapper: an adapter's gradients are a few MB, averaged in one go
         decay = self.settings.ema_decay if stage == "finetune" else None
-        self.ema = None if decay is None else AdapterEMA(dict(self.adapter.named_parameters()), decay)
+        # After n steps it decays by min(decay, (1 + n) / (10 + n)).
+        self.ema = None if decay is None else EMAModel(self.adapter.parameters(), decay, update_after_step=-1)
 
     def _average_gradients(self) -> None:
         if self._sharded or self.accelerator.num_processes == 1:
             return
         parameters = list(self.adapter.parameters())
-        # A layer that stayed softmax in this pass has none.
         for parameter in parameters:
-            if parameter.grad is None:
+            if parameter.grad is None:  # a layer that stayed softmax in this pass
                 parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
-        flat = self.accelerator.reduce(flat, reduction="mean")
-        sizes = [parameter.numel() for parameter in parameters]
-        for parameter, part in zip(parameters, flat.split(sizes), strict=True):
-            parameter.grad = part.reshape(parameter.shape)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = self.accelerator.reduce(parameters_to_vector(gradients), reduction="mean")
+        vector_to_parameters(flat, gradients)
 
     def _count_bad(self, bad: bool, batch: NoisyBatch) -> None:
         self._bad_in_a_row = self._bad_in_a_row + 1 if bad else 0
         if not bad:
             return
         self.progress.skipped += 1
-        where = f"{self.progress.stage} step {self.progress.step}"
-        logger.warning(f"{where}: the loss or a gradient is not finite; the step is skipped.")
+        logger.warning(f"{self.progress.where}: the loss or a gradient is not finite; the step is skipped.")
         if self._bad_in_a_row >= self.settings.patience:
-            raise FloatingPointError(
-                f"{where}: {self._bad_in_a_row} steps in a row without a finite loss: {self._diagnose(batch)}."
-            )
+            count = f"{self.progress.where}: {self._bad_in_a_row} steps in a row"
+            raise FloatingPointError(f"{count} without a finite loss: {self._diagnose(batch)}.")
 
     def _diagnose(self, batch: NoisyBatch) -> str:
         """The first thing that is not finite, and what to do about it."""
@@ -368,20 +394,15 @@ class Distiller:
                 return f"{name} is not finite; lower the learning rate and resume from an earlier checkpoint"
         if not batch.noisy.isfinite().all():
             return "the latents are not finite; delete the cache and check the pictures"
-        with self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast():
             if not self.objective.teacher(batch).isfinite().all():
                 return "the teacher's own prediction is not finite; train in bfloat16 or float32"
-            first = next(
-                (name for name, output in self._student_features(batch).items() if not output.isfinite().all()), None
-            )
-        if first is not None:
-            return f"{first} is the first layer with an output not finite; train in bfloat16 or lower the learning rate"
+            with FeatureTap(self.adapter) as tap:
+                self.objective.student(batch)
+        for name, output in tap.outputs.items():
+            if not output.isfinite().all():
+                return f"{name} is the first layer with an output not finite; {_REMEDY}"
         return "every output is finite, a gradient is not; lower the learning rate or max_grad_norm"
-
-    def _student_features(self, batch: NoisyBatch) -> dict[str, torch.Tensor]:
-        with torch.no_grad(), FeatureTap(self.adapter) as tap:
-            self.objective.student(batch)
-        return tap.outputs
 
     def _batches(self, cache: LatentCache, steps: range, stage: str) -> NoisyBatches:
         return NoisyBatches(
@@ -395,7 +416,7 @@ class Distiller:
             device=self.accelerator.device,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
-            num_workers=self.workers,
+            num_workers=self.dataloader_num_workers,
         )
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -403,9 +424,6 @@ class Distiller:
             return tensor
         total: torch.Tensor = self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
         return total.to(tensor.device)
-
-    def _mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._sum(tensor) / self.accelerator.num_processes
 
     # ---- records and checkpoints ----
 
@@ -419,27 +437,27 @@ class Distiller:
             self.on_step(self, losses)
 
     def _save(self) -> None:
+        """A checkpoint, unless the adapter is not finite, which is an error."""
+        tensors = {f"adapter/{name}": _whole(tensor) for name, tensor in self.adapter.named_parameters()}
+        bad = [name.removeprefix("adapter/") for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if bad:
+            raise FloatingPointError(f"{self.progress.where}: {bad[0]} is not finite: {_REMEDY}.")
         if self.output_dir is None:
             return
-        tensors = {f"adapter/{name}": _whole(tensor) for name, tensor in self.adapter.named_parameters()}
         tensors.update(self._optimizer_tensors())
-        if self.ema is not None:
-            tensors.update({f"ema/{name}": _whole(tensor) for name, tensor in self.ema.shadow.items()})
+        tensors.update({name: _whole(tensor) for name, tensor in self._averages().items()})
         scaler = self.accelerator.scaler
         state = {
-            "progress": self.progress.to_json(),
+            "progress": asdict(self.progress),
             "settings": self._fingerprint(),
             "adapter_config": self.adapter.config.to_dict(),
-            "ema_steps": 0 if self.ema is None else self.ema.steps,
+            "ema_steps": 0 if self.ema is None else self.ema.optimization_step,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.output_dir, self._checkpoint_number(), tensors, state, self.checkpoints_total_limit)
+        if self.accelerator.is_main_process:  # finished stages count as a step, so that each state has its own number
+            number = self.progress.total_steps + len(self.progress.finished)
+            save_checkpoint(self.output_dir, number, tensors, state, self.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
-
-    def _checkpoint_number(self) -> int:
-        """Optimizer steps of all stages so far; calibration counts as one, so that each state has its own number."""
-        return self.progress.total_steps + len(self.progress.finished)
 
     def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
         if self.optimizer is None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -450,6 +468,12 @@ class Distiller:
             for name, parameter in self.adapter.named_parameters()
             for key, value in inner.state.get(parameter, {}).items()
         }
+
+    def _averages(self) -> dict[str, torch.Tensor]:
+        if self.ema is None:
+            return {}
+        names = [f"ema/{name}" for name, _ in self.adapter.named_parameters()]
+        return dict(zip(names, self.ema.shadow_params, strict=True))
 
     def _restore_progress(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.state["settings"]
@@ -478,30 +502,25 @@ class Distiller:
                         key: _like(tensor, parameter) if tensor.dim() else tensor for key, tensor in state.items()
                     }
         if self.ema is not None:
-            self.ema.steps = checkpoint.state["ema_steps"]
-            for name in self.ema.shadow:
-                self.ema.shadow[name].copy_(_like(checkpoint.tensors[f"ema/{name}"], self.ema.shadow[name]))
+            self.ema.optimization_step = checkpoint.state["ema_steps"]
+            for name, average in self._averages().items():
+                average.copy_(_like(checkpoint.tensors[name], average))
         if self.accelerator.scaler is not None and checkpoint.state["scaler"]:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
 
     def _cut_history(self) -> None:
         """Lines of steps that the checkpoint does not know will be written again."""
-        if self.output_dir is None or not self.accelerator.is_main_process:
-            return
-        path = self.output_dir / _HISTORY
-        if not path.is_file():
+        path = None if self.output_dir is None else self.output_dir / _HISTORY
+        if path is None or not path.is_file() or not self.accelerator.is_main_process:
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                row = json.loads(line)
-            except ValueError:  # cut off by a kill
-                break
-            if row["total"] <= self.progress.total_steps:
-                kept.append(line + "\n")
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+                if parse_json(line, path.name)["total"] <= self.progress.total_steps:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):  # cut off by a kill, or no line of ours
+                continue
+        write_text(path, "".join(kept))
 
     def _fingerprint(self) -> dict[str, Any]:
         settings = json.loads(json.dumps(asdict(self.settings)))
@@ -511,13 +530,16 @@ class Distiller:
             **settings,
             "conversion": {name: config[name] for name in ("mixer", "window", "min_tokens")},
             "layers": self.adapter.layers,
-            "examples": [len(self.train), len(self.held_out)],
+            "teacher": self._teacher,
+            "scheduler": self.diffusion.identity(),
+            "examples (content, size or drawing)": [len(self.train), len(self.held_out), self.train.identity],
             "total batch size": self.settings.train_batch_size * self.accelerator.num_processes,
             "mixed_precision": self.accelerator.mixed_precision,
         }
 
 
 _HISTORY = "history.jsonl"
+_REMEDY = "lower the learning rate, or train in bfloat16 or float32"
 
 
 def _json_number(value: float) -> float | None:

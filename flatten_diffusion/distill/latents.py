@@ -10,8 +10,25 @@ import torch
 from torch import nn
 
 from .buckets import Size
-from .conditioning import family_of, unpack_latents
+from .conditioning import encode_prompts, family_of, unpack_latents
 from .denoiser_call import draw_recorded
+
+_MORE_THAN_A_PROMPT = frozenset(
+    "strength mask_image image_embeds image_guidance_scale control_image control_video controlnet_conditioning_scale "
+    "reference_image".split()
+)
+
+
+def check_pipeline(cls: type) -> None:
+    """Raise ValueError for pipelines that take a picture, a mask or a control beside the prompt."""
+    accepted = set(inspect.signature(cls.__call__).parameters)
+    unet = "unet" in inspect.signature(cls).parameters  # newer transformers take optional pictures for reference
+    found = sorted(accepted & _MORE_THAN_A_PROMPT) or (["image"] if unet and "image" in accepted else [])
+    if found:
+        raise ValueError(
+            f"{cls.__name__} cannot be distilled: it takes {', '.join(found)} beside the prompt; load its model as a "
+            "text-to-image pipeline."
+        )
 
 
 def pixels_per_token_step(pipeline: Any, model: nn.Module) -> int:
@@ -42,11 +59,12 @@ def encode_pictures(pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
     if upcast:  # such autoencoders overflow in half precision
         vae.to(torch.float32)
     try:
-        mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+        encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
     finally:
         if upcast:
             vae.to(dtype)
-    return _normalise(mean, vae.config)
+    return _normalise(latents.float().cpu(), vae.config)
 
 
 def _normalise(mean: torch.Tensor, config: Any) -> torch.Tensor:
@@ -85,7 +103,7 @@ def draw_latents(
     if "prompt" in accepted:
         arguments["prompt"] = list(prompts)
     elif "class_labels" in accepted:
-        arguments["class_labels"] = family_of(model).encode(pipeline, prompts, size)["class_labels"].tolist()
+        arguments["class_labels"] = encode_prompts(pipeline, model, prompts, size)["class_labels"].tolist()
     else:
         arguments["batch_size"] = len(prompts)
     if "use_resolution_binning" in accepted:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from .batches import NoisyBatch
+from .bounds import check_numbers, number
 from .capture import FeatureTap
 from .conditioning import Conditioning, predict
 from .denoiser_call import is_shared
@@ -30,12 +31,17 @@ class LossWeights:
         min_snr_gamma: weighs timesteps by min-SNR (Hang et al., ICCV 2023); None weighs all alike.
     """
 
-    teacher: float = 1.0
-    target: float = 0.5
-    features: float = 0.5
-    guided: float = 0.0
-    guidance_scale: float = 3.0
-    min_snr_gamma: float | None = None
+    teacher: float = number(1.0, 0.0, 1e6)
+    target: float = number(0.5, 0.0, 1e6)
+    features: float = number(0.5, 0.0, 1e6)
+    guided: float = number(0.0, 0.0, 1e6)
+    guidance_scale: float = number(3.0, 1e-3, 1e3)
+    min_snr_gamma: float | None = number(None, 1e-3, 1e3)
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if not self.teacher + self.target + self.features + self.guided:
+            raise ValueError("All parts of the loss have weight 0: weigh one of teacher, target, features, guided.")
 
 
 class Objective:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffusers.utils import logging
 from PIL import Image
 
-logger = logging.get_logger(__name__)
+from ..captions import METADATA, as_caption, decode_text, read_metadata
+from ..images import SUFFIXES, is_hidden
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,29 +41,40 @@ def image_folder(
     caption_column: str = "text",
     max_samples: int | None = None,
 ) -> list[Example]:
-    """Pictures below `folder`, captioned by its metadata.jsonl or by a .txt file beside each; "" without either.
+    """Pictures below `folder`, captioned by metadata files in it or its subfolders, else by a .txt file beside each.
+
+    What metadata lists comes first, once per line, missing files too (they are named when the cache is built); then
+    the other pictures in name order. Hidden files and folders do not count, and neither does what is no plain file.
 
     Args:
-        folder: searched in all its subfolders, in name order.
-        image_column, caption_column: keys in metadata.jsonl; the first holds paths relative to that file.
+        folder: searched in all its subfolders.
+        image_column, caption_column: columns of metadata.jsonl, .csv or .parquet; the first holds paths relative to
+            that file.
         max_samples: only the first so many.
 
     Raises:
         NotADirectoryError: no such folder.
-        ValueError: no picture in it; a line of metadata.jsonl that is no JSON object or lacks a column.
+        ValueError: no picture in it; metadata that cannot be read, that lacks a column, or twice for one folder or
+            picture; a caption that is no UTF-8 text.
+        ImportError: metadata.parquet without pyarrow.
     """
     root = Path(folder)
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is no folder: pass one with pictures.")
-    metadata = root / "metadata.jsonl"
-    if metadata.is_file():
-        listed = _read_metadata(metadata, image_column, caption_column)
-    else:
-        pictures = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
-        listed = [(path, _caption_beside(path)) for path in pictures]
+    files = sorted(path for path in root.rglob("*") if path.is_file() and not is_hidden(path, root))
+    listed: list[tuple[Path, str]] = []
+    source: dict[Path, Path] = {}
+    for metadata in (path for path in files if path.name in METADATA):
+        for name, caption in read_metadata(metadata.read_bytes(), str(metadata), image_column, caption_column):
+            picture = metadata.parent / name
+            if source.setdefault(picture, metadata) != metadata:
+                raise ValueError(f"{picture} is listed in {source[picture]} and in {metadata}: keep one.")
+            listed.append((picture, caption))
+    pictures = (path for path in files if path.suffix.lower() in SUFFIXES and path not in source)
+    listed += [(path, _caption_beside(path)) for path in pictures]
     if not listed:
         raise ValueError(f"{root} holds no pictures: pass a folder with {', '.join(sorted(SUFFIXES))} files.")
-    return [_file_example(root, path, caption) for path, caption in listed[:max_samples]]
+    return _counted([_file_example(root, path, caption) for path, caption in listed[:max_samples]], str(root))
 
 
 def hub_dataset(
@@ -95,12 +107,12 @@ def hub_dataset(
     count = len(rows) if max_samples is None else min(max_samples, len(rows))
     if count == 0:
         raise ValueError(f"Dataset {name} has no rows in {split!r}: choose another split.")
-    captions = rows.select(range(count))[caption_column]
     stamp = str(getattr(rows, "_fingerprint", ""))
-    return [
-        Example(f"{name}[{index}]", _first(captions[index]), stamp, _row_opener(rows, index, image_column))
-        for index in range(count)
-    ]
+    examples = []
+    for index, caption in enumerate(rows.select(range(count))[caption_column]):
+        row = f"{name}[{index}]"
+        examples.append(Example(row, as_caption(caption, row), stamp, partial(_open_row, rows, index, image_column)))
+    return _counted(examples, name)
 
 
 def prompt_file(path: str | Path, max_samples: int | None = None) -> list[Example]:
@@ -113,7 +125,7 @@ def prompt_file(path: str | Path, max_samples: int | None = None) -> list[Exampl
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is no file: pass a text file with one prompt per line.")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in decode_text(file.read_bytes(), str(file)).split("\n")]
     prompts = [line for line in lines if line][:max_samples]
     if not prompts:
         raise ValueError(f"{file} holds no prompts: write one per line.")
@@ -125,31 +137,19 @@ def prompts_as_examples(prompts: Sequence[str]) -> list[Example]:
     return [Example(f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
 
 
-def _read_metadata(file: Path, image_column: str, caption_column: str) -> list[tuple[Path, str]]:
-    listed = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: no JSON ({error}): write one object per line.") from error
-        if not isinstance(row, dict) or image_column not in row or caption_column not in row:
-            raise ValueError(f"{file}, line {number}: it must hold {image_column!r} and {caption_column!r}.")
-        listed.append((file.parent / str(row[image_column]), _first(row[caption_column])))
-    return listed
+def _counted(examples: list[Example], source: str) -> list[Example]:
+    """The same, saying how many have no caption."""
+    missing = sum(not example.caption for example in examples)
+    if missing:
+        logger.warning(
+            f"{source}: {missing} of {len(examples)} pictures have no caption and are taken for the empty prompt's."
+        )
+    return examples
 
 
 def _caption_beside(picture: Path) -> str:
     text = picture.with_suffix(".txt")
-    return text.read_text(encoding="utf-8").strip() if text.is_file() else ""
-
-
-def _first(caption: Any) -> str:
-    """A caption, or the first of several."""
-    if isinstance(caption, (list, tuple)):
-        caption = caption[0] if caption else ""
-    return str(caption)
+    return as_caption(decode_text(text.read_bytes(), str(text)), str(text)) if text.is_file() else ""
 
 
 def _file_example(root: Path, path: Path, caption: str) -> Example:
@@ -159,12 +159,17 @@ def _file_example(root: Path, path: Path, caption: str) -> Example:
     except OSError:
         stamp = "missing"  # named and skipped with the other broken ones, when it is opened
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-    return Example(name, caption, stamp, lambda: Image.open(path))
+    return Example(name, caption, stamp, partial(_open_file, path))
 
 
-def _row_opener(rows: Any, index: int, column: str) -> Callable[[], Image.Image]:
-    def load() -> Image.Image:
-        picture: Image.Image = rows[index][column]
-        return picture
+def _open_file(path: Path) -> Image.Image:
+    if not path.is_file():  # a pipe would wait for ever
+        raise FileNotFoundError("no such file")
+    return Image.open(path)
 
-    return load
+
+def _open_row(rows: Any, index: int, column: str) -> Image.Image:
+    picture = rows[index][column]
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"its {column!r} is {type(picture).__name__}, no picture")
+    return picture

@@ -1,5 +1,6 @@
 """Mixers: one file per mechanism, holding what one attention layer learns. Found by name in the registry."""
 
+from .agent import AgentAttention, AgentCalibration, AgentConfig
 from .base import Calibration, Context, LayerShape, Mixed, Mixer, MixerConfig
 from .calibration import CalibratedLayer, LayerCall, MixerInputs, Reduce, Statistic, Weights
 from .focused import FocusedCalibration, FocusedLinearAttention, FocusedLinearConfig
@@ -10,10 +11,14 @@ from .parts.feature_maps import FeatureMap, LayerChoice
 from .parts.shares import JoinInputs
 from .parts.text import OtherTokens, TextJoin
 from .parts.window import WindowAttention
-from .registry import create_mixer, list_mixers, mixer_config, register_mixer, seeded
+from .pyramid import PyramidAttention, PyramidConfig
+from .registry import create_mixer, list_mixers, mixer_class, mixer_config, register_mixer, seeded
 
 __all__ = [
     "PROJECTIONS",
+    "AgentAttention",
+    "AgentCalibration",
+    "AgentConfig",
     "CalibratedLayer",
     "Calibration",
     "Context",
@@ -33,6 +38,8 @@ __all__ = [
     "MixerInputs",
     "OtherTokens",
     "ProjectionDelta",
+    "PyramidAttention",
+    "PyramidConfig",
     "Reduce",
     "Statistic",
     "TextJoin",
@@ -42,6 +49,7 @@ __all__ = [
     "create_mixer",
     "describe_grid",
     "list_mixers",
+    "mixer_class",
     "mixer_config",
     "pictures_of",
     "register_mixer",

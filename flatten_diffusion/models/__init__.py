@@ -2,11 +2,12 @@
 
 from .attention import split_of
 from .autotune import AUTO, AutotuneHook, Kind, known_ratio, softmax_below_on, stays_here
-from .families import FAMILIES, Family, Finding, survey
+from .families import Finding, survey
 from .grid import EndHook, GridHook, GuardHook, remove_hooks
 from .layer import LAYER, MIXER, ConvertedLayer, Reading, Recorder, native_processor
 from .processor import AdapterAttnProcessor, FocusedLinearAttnProcessor
-from .projections import Projection, find_projection
+from .projections import Projection, find_projection, heads_of, inner_dim_of
+from .rows import FAMILIES, REFUSED, Family
 from .wrapped import WrappedProcessor, wrap
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "FAMILIES",
     "LAYER",
     "MIXER",
+    "REFUSED",
     "AdapterAttnProcessor",
     "AutotuneHook",
     "ConvertedLayer",
@@ -29,6 +31,8 @@ __all__ = [
     "Recorder",
     "WrappedProcessor",
     "find_projection",
+    "heads_of",
+    "inner_dim_of",
     "known_ratio",
     "native_processor",
     "remove_hooks",

@@ -82,6 +82,8 @@ def tokens_first_product(
     def softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return dispatch_attention_fn(q, k, v, attn_mask=mask, **options)
 
+    if attn_mask is not None and attn_mask.dim() == 2 and attn_mask.shape == (query.shape[0], key.shape[1]):
+        attn_mask = attn_mask[:, None, None]  # key padding, as diffusers' own backends read it
     exact = dropout_p == 0.0 and not is_causal
     return exchange(attn, query, key, value, attn_mask, scale, softmax, exact)
 
@@ -113,12 +115,16 @@ def exchange(
     layer: ConvertedLayer = getattr(attn, LAYER)
     mixer: LayerMixer = getattr(attn, MIXER)
     counted = _count_last_key(layer, softmax)
-    if layer.stays_softmax(query.shape[1]) is not None:
+    reading = layer.state.reading
+    elsewhere = reading is not None and reading.keys not in (None, key.shape[1])
+    if elsewhere or layer.stays_softmax(query.shape[1]) is not None:
         output = counted(query, key, value, mask)
         recorder = layer.state.recorder
-        if recorder is not None and not layer.enabled:
+        if recorder is not None and not layer.enabled and not elsewhere:
             recorder.native(output)
         return output
+    if skips_scores(attn):
+        return counted(query, key, value, mask)  # which is the values, with what the adapter added to them
     padding = _key_padding(layer, mask, key)
     reason = None
     if not exact:
@@ -174,6 +180,15 @@ def mix(
         recorder.mixed(JoinInputs(query, key, value, context, others))
     output: torch.Tensor = mixer(query, key, value, context, others)
     return output
+
+
+def skips_scores(attn: Any) -> bool:
+    """Whether a guider of diffusers wants this call's values in place of attention (`skip_attention_scores`): its hook
+    then answers `F.scaled_dot_product_attention` with them."""
+    if torch.compiler.is_compiling() or not hasattr(attn, "_diffusers_hook"):
+        return False
+    probe = torch.zeros(1, 1, 1, 1)
+    return F.scaled_dot_product_attention(probe, probe, probe) is probe
 
 
 def unsupported(mixer: LayerMixer, grid: Grid | None, key_mask: torch.Tensor | None) -> str | None:

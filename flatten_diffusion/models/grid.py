@@ -40,7 +40,10 @@ class GridHook:
         if not torch.compiler.is_compiling() and getattr(module, "gradient_checkpointing", False):
             checkpoint: Any = module._gradient_checkpointing_func
             if not isinstance(checkpoint, GridCheckpoint):
-                module._gradient_checkpointing_func = GridCheckpoint(checkpoint, self.layers)  # type: ignore[assignment]
+                checkpoint = GridCheckpoint(checkpoint, self.layers)
+                module._gradient_checkpointing_func = checkpoint
+            # A module that sees several sequences has a hook for each, and one checkpointing function for all.
+            checkpoint.layers += [layer for layer in self.layers if layer not in checkpoint.layers]
 
 
 class EndHook:
@@ -104,10 +107,11 @@ class GuardHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         for attn, layer in self.layers:
-            if not isinstance(attn.processor, self.expected):
+            if layer.enabled and not isinstance(attn.processor, self.expected):
                 raise RuntimeError(
                     f"{layer.name}: its processor was replaced by {type(attn.processor).__name__} after linearize: "
-                    "undo that, or call restore() and convert again."
+                    "undo that, or call restore() and convert again (with this layer in `exclude`, where the other "
+                    "processor shall stay)."
                 )
 
 

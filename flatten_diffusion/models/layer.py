@@ -39,6 +39,8 @@ class Reading:
         key_mask: bool [B, M] over the whole sequence, True where a key counts for the picture's queries; for models
             that hand their attention an N x N mask made of it.
         softmax: why every call of this pass stays softmax; None otherwise.
+        keys: number of keys of the calls that hold the picture; calls with another number are those of other tokens
+            alone (a causal prompt, say) and stay softmax. None where every call holds it.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class Reading:
         starts: torch.Tensor | None = None,
         key_mask: torch.Tensor | None = None,
         softmax: str | None = None,
+        keys: int | None = None,
     ) -> None:
         self.grid = grid
         self.starts = starts
         self.key_mask = key_mask
         self.softmax = softmax
+        self.keys = keys
 
 
 class Recorder(Protocol):

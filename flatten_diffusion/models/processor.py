@@ -13,7 +13,7 @@ from torch import nn
 
 from ..mixers import FocusedLinearConfig, LayerShape
 from ..ops import BACKENDS, focused_linear_attention
-from .attention import mix, unsupported
+from .attention import mix, skips_scores, unsupported
 from .autotune import AUTO, Kind, softmax_below
 from .layer import LAYER, MIXER, ConvertedLayer, native_processor
 
@@ -147,7 +147,11 @@ class FocusedLinearAttnProcessor:
             )
         else:
             grid = None if picture_shape is None else (picture_shape[2], picture_shape[3])
-            mixed = mix(layer, getattr(attn, MIXER), query, key, value, grid, None, attn.scale, hidden_states)
+            mixed = (
+                value
+                if skips_scores(attn)
+                else mix(layer, getattr(attn, MIXER), query, key, value, grid, None, attn.scale, hidden_states)
+            )
         # `upcast_attention` asks for float32 inside the product: every mixer accumulates in float32.
         mixed = mixed.flatten(2).to(query.dtype)
 

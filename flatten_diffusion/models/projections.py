@@ -11,8 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 _PARTS = ("q", "k", "v")
-# Linear modules whose first 3 * inner_dim output features are query, key and value: Flux2's single streams and PRX.
-_ALWAYS_FUSED = ("to_qkv_mlp_proj", "img_qkv_proj")
+# Linear modules whose first 3 * inner_dim output features are the picture's query, key and value.
+_ALWAYS_FUSED = ("to_qkv_mlp_proj", "img_qkv_proj", "img_attn_qkv", "to_qkv")
+_KANDINSKY = {"q": "to_query", "k": "to_key", "v": "to_value", "out": "out_layer"}
+# What classes call the picture's projections, where not to_q, to_k, to_v and to_out.
+_NAMES: dict[str, dict[str, str]] = {
+    "Kandinsky5Attention": _KANDINSKY,
+    "Kandinsky6Attention": _KANDINSKY,
+    "JoyImageAttention": {"out": "img_attn_proj"},
+    "JoyImageEditPlusAttention": {"out": "img_attn_proj"},
+    "Cosmos3PackedMoTAttention": {"q": "add_q_proj", "k": "add_k_proj", "v": "add_v_proj", "out": "to_add_out"},
+}
 
 
 @dataclass(frozen=True)
@@ -58,30 +67,52 @@ def _width(part: tuple[int, int] | None, whole: int) -> int:
     return whole if part is None else part[1] - part[0]
 
 
+def heads_of(attn: Any) -> int:
+    """Number of query heads of an attention module."""
+    for attribute in ("heads", "num_heads", "num_attention_heads"):
+        if hasattr(attn, attribute):
+            return int(getattr(attn, attribute))
+    raise ValueError(f"{type(attn).__name__} does not say how many heads it has.")
+
+
+def inner_dim_of(attn: Any) -> int:
+    """Width of the query over all heads."""
+    for attribute in ("head_dim", "dim_heads"):
+        if hasattr(attn, attribute):
+            return heads_of(attn) * int(getattr(attn, attribute))
+    if hasattr(attn, "inner_dim"):
+        return int(attn.inner_dim)
+    query = find_projection(attn, "q")
+    assert query is not None, "a fused projection belongs to a class that says its width"
+    return int(query.base(attn).out_features)
+
+
 def find_projection(attn: Any, name: str) -> Projection | None:
     """The projection `name` (out of "q", "k", "v", "out") of an attention module; None where it has none of its own.
 
     Single-stream blocks of Flux and HunyuanVideo, for instance, leave the output projection to the block.
     """
+    path = _NAMES.get(type(attn).__name__, {}).get(name, f"to_{name}")
     if name == "out":
-        return _find_out(attn)
-    if isinstance(getattr(attn, f"to_{name}", None), nn.Module):
-        return Projection(f"to_{name}")
+        return _find_out(attn, path)
+    if isinstance(getattr(attn, path, None), nn.Module):
+        return Projection(path)
     for path in _ALWAYS_FUSED:
         if hasattr(attn, path):
-            start = _PARTS.index(name) * attn.inner_dim
-            return Projection(path, rows=(start, start + attn.inner_dim))
+            start = _PARTS.index(name) * inner_dim_of(attn)
+            return Projection(path, rows=(start, start + inner_dim_of(attn)))
     return None
 
 
-def _find_out(attn: Any) -> Projection | None:
-    to_out = getattr(attn, "to_out", None)
+def _find_out(attn: Any, path: str) -> Projection | None:
+    to_out = getattr(attn, path, None)
     if isinstance(to_out, (nn.ModuleList, nn.Sequential)):
-        return Projection("to_out.0")
-    if not isinstance(to_out, nn.Module):
+        return Projection(f"{path}.0")
+    if not isinstance(to_out, nn.Module) or isinstance(to_out, nn.Identity):
         return None
-    whole = getattr(to_out, "in_features", attn.inner_dim) == attn.inner_dim
-    return Projection("to_out", columns=None if whole else (0, attn.inner_dim))
+    inner_dim = inner_dim_of(attn)
+    whole = getattr(to_out, "in_features", inner_dim) == inner_dim
+    return Projection(path, columns=None if whole else (0, inner_dim))
 
 
 class _Added:
@@ -127,8 +158,8 @@ class SeenAttention:
             assert place is not None
             path, rows = place.path, place.rows
             if fused and name != "out":
-                start = _PARTS.index(name) * attn.inner_dim
-                path, rows = "to_qkv", (start, start + attn.inner_dim)
+                start = _PARTS.index(name) * inner_dim_of(attn)
+                path, rows = "to_qkv", (start, start + inner_dim_of(attn))
             whole.setdefault(path, []).append((deltas[name], rows, place.columns))
         for path, parts in whole.items():
             if path == "to_out.0":

@@ -17,16 +17,20 @@ from typing import Any
 import torch
 
 from .attention import heads_first_product, tokens_first_product
+from .guiders import register_like
 from .layer import LAYER, MIXER, ConvertedLayer
 from .projections import SeenAttention
-from .sana import sana_attention
+from .sana import sana_attention, sana_video_attention
 
 _PRODUCTS = {
     "scaled_dot_product_attention": "_flatten_heads_first",
     "dispatch_attention_fn": "_flatten_tokens_first",
 }
 
-_HAND_WRITTEN: dict[str, Callable[..., Any]] = {"SanaLinearAttnProcessor2_0": sana_attention}
+_HAND_WRITTEN: dict[str, Callable[..., Any]] = {
+    "SanaLinearAttnProcessor2_0": sana_attention,
+    "SanaLinearAttnProcessor3_0": sana_video_attention,
+}
 """(native processor, attention module, its arguments) -> its output, for classes that call no product."""
 _CLASSES: dict[type, type[WrappedProcessor]] = {}
 """One class per native class, made at its first conversion."""
@@ -81,7 +85,8 @@ def wrap(native: Any) -> WrappedProcessor:
     """
     native_class = type(native)
     if native_class not in _CLASSES:
-        _CLASSES[native_class] = _make_class(native_class)
+        _CLASSES[native_class] = made = _make_class(native_class)
+        register_like(made, native_class)
     return _CLASSES[native_class](native)
 
 

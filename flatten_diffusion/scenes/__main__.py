@@ -13,19 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-from tqdm.auto import tqdm
-
-from .check import check
+from .check import check_folder
 from .grammar import sample_captions
 from .render import render_folder
-
-# Where `flatten-eval generate` keeps a picture's prompt and settings.
-_SETTINGS_KEY = "flatten_eval"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,38 +53,6 @@ def _render(captions: Path, output: Path, size: int, seed: int) -> None:
     render_folder([line for line in lines if line], output, size, seed)
 
 
-def _captioned(folder: Path) -> list[tuple[Path, str]]:
-    """(picture, caption) from metadata.jsonl, or from the settings that `flatten-eval generate` leaves in its PNGs."""
-    metadata = folder / "metadata.jsonl"
-    if metadata.is_file():
-        rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [(folder / row["file_name"], row["text"]) for row in rows]
-    pairs = []
-    for path in sorted(folder.glob("*.png")):
-        with Image.open(path) as image:
-            settings = json.loads(image.info.get(_SETTINGS_KEY, "{}"))
-        if not settings.get("prompt"):
-            raise ValueError(f"{path} carries no caption: give a folder with metadata.jsonl (file_name, text)")
-        pairs.append((path, settings["prompt"]))
-    if not pairs:
-        raise ValueError(f"{folder} holds no pictures: give a folder made by `render` or by `flatten-eval generate`")
-    return pairs
-
-
-def _check(folder: Path) -> dict[str, object]:
-    kinds: dict[str, list[bool]] = defaultdict(list)
-    shares = []
-    for path, caption in tqdm(_captioned(folder), desc="check"):
-        with Image.open(path) as image:
-            facts = check(image, caption)
-        shares.append(sum(fact.holds for fact in facts) / len(facts))
-        for fact in facts:
-            kinds[fact.name.split(": ")[-1].split()[0]].append(fact.holds)
-    by_kind = {kind: sum(held) / len(held) for kind, held in sorted(kinds.items())}
-    accuracy = sum(shares) / len(shares)
-    return {"folder": folder.name, "count": len(shares), "fact_accuracy": accuracy, "by_kind": by_kind}
-
-
 def _described(error: Exception) -> str:
     """One line; a file that cannot be opened is named first."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
@@ -109,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "render":
             _render(args.captions, args.output, args.size, args.seed)
         else:
-            result = _check(args.folder)
+            result = check_folder(args.folder)
             print(json.dumps(result, indent=2))
             if args.json:
                 args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

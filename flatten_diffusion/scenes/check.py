@@ -6,17 +6,24 @@ training: a fact holds when the pixels say so.
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .grammar import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, SceneSpec, Thing, parse
 from .render import draw_background, draw_mask, draw_texture, tint
 
+SETTINGS_KEY = "flatten_eval"
+"""Where `flatten-eval generate` keeps an image's prompt and settings in its PNG."""
 _SIDE = 128
 # Pixels nearer than this to the background belong to it (RGB distance; the closest object tint is 46 away).
 _BACKGROUND_DISTANCE = 32.0
@@ -253,3 +260,46 @@ def fact_accuracy(image: Image.Image, caption: str) -> float:
     """The share of a caption's stated facts that hold in the picture, 0 to 1."""
     facts = check(image, caption)
     return sum(fact.holds for fact in facts) / len(facts)
+
+
+def _captioned(folder: Path) -> list[tuple[Path, str]]:
+    """(picture, caption) from metadata.jsonl, or from the settings that `flatten-eval generate` leaves in its PNGs."""
+    metadata = folder / "metadata.jsonl"
+    if metadata.is_file():
+        rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [(folder / row["file_name"], row["text"]) for row in rows]
+    pairs = []
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as image:
+            settings = json.loads(image.info.get(SETTINGS_KEY, "{}"))
+        if not settings.get("prompt"):
+            raise ValueError(f"{path} carries no caption: give a folder with metadata.jsonl (file_name, text)")
+        pairs.append((path, settings["prompt"]))
+    if not pairs:
+        raise ValueError(f"{folder} holds no pictures: give a folder made by `render` or by `flatten-eval generate`")
+    return pairs
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """Facts over a folder of captioned images, JSON-ready: `count`, `fact_accuracy` (the mean over images of
+    `fact_accuracy`) and `by_kind` (the share of facts of each kind that hold).
+
+    Captions are those of metadata.jsonl (file_name, text), or what `flatten-eval generate` leaves in its PNGs.
+
+    Raises:
+        ValueError: an image without caption, or a caption that is not of the grammar; names the image.
+    """
+    kinds: dict[str, list[bool]] = defaultdict(list)
+    shares = []
+    for path, caption in tqdm(_captioned(folder), desc="check"):
+        try:
+            with Image.open(path) as image:
+                facts = check(image, caption)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
+        shares.append(sum(fact.holds for fact in facts) / len(facts))
+        for fact in facts:
+            kinds[fact.name.split(": ")[-1].split()[0]].append(fact.holds)
+    by_kind = {kind: sum(held) / len(held) for kind, held in sorted(kinds.items())}
+    accuracy = sum(shares) / len(shares)
+    return {"folder": folder.name, "count": len(shares), "fact_accuracy": accuracy, "by_kind": by_kind}

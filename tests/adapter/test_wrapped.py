@@ -16,8 +16,11 @@ from ..models.tiny import assert_untouched, stir, train_towards_original
 from ..models.tiny_wrapped import JOINT, WRAPPED, build_wrapped, position_ids
 
 ALL = ("q", "k", "v", "out")
-# No own output projection: Flux's and HunyuanVideo's single streams leave it to the block.
-WITHOUT_OUT = {"flux": 1, "chroma": 1, "hunyuanvideo": 1}
+# No own output projection: single streams of Flux and its kin leave it to the block.
+WITHOUT_OUT = dict.fromkeys(
+    ("flux", "chroma", "hunyuanvideo", "ovis", "longcat", "bria", "briafibo", "hunyuanimage", "flux_controlnet",
+     "framepack", "motifvideo"), 1
+) | {"luminanext": 2}  # fmt: skip
 
 
 def _convert(tiny, **settings):
@@ -325,12 +328,19 @@ def test_lora_on_the_base(tmp_path):
         torch.testing.assert_close(tiny(), plain)
 
 
-CHECKPOINTED = ("sd3", "auraflow", "flux", "qwenimage", "lumina2", "cogvideox", "wan", "omnigen")
+CHECKPOINTED = (
+    "sd3", "auraflow", "flux", "qwenimage", "lumina2", "cogvideox", "wan", "omnigen", "unclip", "flux3", "cosmos3",
+    "ltx2", "sd3_controlnet", "qwenimage21",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CHECKPOINTED)
+@pytest.mark.parametrize("name", [*CHECKPOINTED, "ltx2 with audio", "kandinsky6 with audio"])
 def test_two_aspect_ratios_before_one_backward_checkpointed(name):
-    tiny = build_wrapped(name)
+    tiny = build_wrapped(name.removesuffix(" with audio"))
+    if name.endswith(" with audio"):  # two sequences, each with a length of its own
+        tiny.include = None
+        tiny.turn |= {"audio_hidden_states": torch.randn(2, 14, 4)}
+        tiny.turn |= {"audio_num_frames": 14} if "audio_num_frames" in tiny.inputs else {}
     adapter = _convert(tiny)
     stir(adapter)
     tiny.model.train()
@@ -343,6 +353,41 @@ def test_two_aspect_ratios_before_one_backward_checkpointed(name):
     tiny.model.enable_gradient_checkpointing()
     for ours, theirs in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * expected[0].abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["krea2", "minimaxh3"])
+def test_ids_of_more_than_the_picture_compile_whole_with_the_grid_pinned(name):
+    tiny = build_wrapped(name)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        adapter = linearize(tiny.model)
+        stir(adapter)
+        expected = tiny()
+        adapter.pin_grid(tiny.grid)
+        whole = torch.compile(tiny.model, fullgraph=True, backend="eager", dynamic=False)
+        torch.testing.assert_close(tiny(whole), expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(RuntimeError, match="not those of the grid given to pin_grid"):
+            tiny(whole, **tiny.turn)
+
+
+@pytest.mark.parametrize("name", ["unclip", "cosmos3", "framepack"])
+def test_newer_models_compile_whole_as_natively(name):
+    tiny = build_wrapped(name)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        stir(_convert(tiny))
+        compiled = torch.compile(tiny.model, fullgraph=True, backend="eager", dynamic=False)
+        torch.testing.assert_close(tiny(compiled), tiny(), rtol=1e-4, atol=1e-4)
+
+
+def test_bria_fibo2_compiled_reads_where_its_pictures_stand():
+    """Natively in several graphs, too: the gist's length is read from the mask."""
+    tiny = build_wrapped("briafibo2")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        stir(_convert(tiny))
+        compiled = torch.compile(tiny.model, backend="eager", dynamic=False)
+        torch.testing.assert_close(tiny(compiled), tiny(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("window", [0, 3])

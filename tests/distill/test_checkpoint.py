@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 from diffusers.utils import logging
 
 from flatten_diffusion.distill.checkpoint import list_checkpoints, load_checkpoint, load_latest, save_checkpoint
+from flatten_diffusion.files import atomic_path
 
 
 def save(folder: Path, step: int, limit: int | None = None) -> Path:
@@ -22,7 +26,7 @@ def test_round_trip_and_rotation(tmp_path: Path) -> None:
     assert torch.equal(latest.tensors["x"], torch.full((3,), 11.0)) and latest.tensors["n"].item() == 2
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "remove"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "state", "empty", "remove"])
 def test_a_damaged_newest_falls_back_and_says_so(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, 1)
     file = save(tmp_path, 2) / "state.safetensors"
@@ -32,6 +36,9 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path: Path, damage: str, ca
     elif damage == "flip":
         data[-1] ^= 1
         file.write_bytes(data)
+    elif damage == "state":  # what is no tensor is in the checksum too
+        file.write_bytes(bytes(data).replace(b'\\"s\\": 2', b'\\"s\\": 3'))
+        assert file.read_bytes() != data
     elif damage == "empty":
         file.write_bytes(b"")
     else:
@@ -47,13 +54,18 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path: Path, damage: str, ca
         load_checkpoint(tmp_path / "checkpoint-2")
 
 
-def test_left_overs_of_a_killed_save_do_not_count(tmp_path: Path) -> None:
+def test_left_overs_of_a_killed_save_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_latest(tmp_path) is None
-    (tmp_path / ".checkpoint-5.123.partial").mkdir()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: gone.pid)
+        killed = atomic_path(tmp_path / "checkpoint-5", folder=True)  # kept, so that nothing cleans up after it
+        killed.__enter__()
     (tmp_path / "checkpoint-final").mkdir()
-    assert load_latest(tmp_path) is None
+    assert len(list(tmp_path.glob(".checkpoint-5*"))) == 1 and load_latest(tmp_path) is None
     save(tmp_path, 1)
-    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".checkpoint*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_same_step_again_replaces(tmp_path: Path) -> None:

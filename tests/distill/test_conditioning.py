@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+from PIL import Image
 from transformers import CLIPTextModelWithProjection
 
 from flatten_diffusion import linearize
+from flatten_diffusion.distill import CacheSettings, Diffusion, NoisyBatches, build_cache, image_folder
 from flatten_diffusion.distill.conditioning import encode_prompts, family_of, pack_latents, predict, unpack_latents
 from flatten_diffusion.distill.equal_tokens import counted_last_key, merge_zeros, repeat_last
-from flatten_diffusion.distill.latents import pixels_per_token_step
+from flatten_diffusion.distill.latents import check_pipeline, pixels_per_token_step
 from flatten_diffusion.models.attention import heads_first_product
 
 from ..models.tiny import build
@@ -170,6 +175,101 @@ def test_sdxl_prompts(force_zeros: bool) -> None:
     assert encoded["time_ids"].tolist() == [[32, 48, 0, 0, 32, 48]] * 2
 
 
+def unet_like(unet: Any, **changes: Any) -> diffusers.UNet2DConditionModel:
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    return diffusers.UNet2DConditionModel(**{**config, **changes})
+
+
+def test_guidance_of_a_latent_consistency_model_is_its_pipelines() -> None:
+    pipeline = tiny_pipeline()
+    unet = unet_like(pipeline.unet, time_cond_proj_dim=8).eval()
+    scheduler = diffusers.LCMScheduler.from_config(pipeline.scheduler.config)
+    parts = {**pipeline.components, "unet": unet, "scheduler": scheduler, "safety_checker": None}
+    pipeline = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+    calls: list[dict[str, Any]] = []
+    handle = unet.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append({**kwargs, "args": args}), with_kwargs=True
+    )
+    pipeline("a red circle", height=32, width=32, num_inference_steps=1, output_type="latent")
+    handle.remove()
+    encoded = encode_prompts(pipeline, unet, ["a red circle"], (32, 32))
+    assert torch.equal(encoded["timestep_cond"], calls[0]["timestep_cond"])
+    noisy, timesteps = calls[0]["args"]
+    with torch.no_grad():
+        expected = unet(noisy, timesteps, **{key: calls[0][key] for key in encoded}).sample
+        assert torch.equal(predict(unet, unet, noisy, timesteps[None], encoded), expected)
+        assert not torch.equal(unet(noisy, timesteps, encoded["encoder_hidden_states"]).sample, expected)
+
+
+def test_classes_of_a_unet_without_text(tmp_path: Path) -> None:
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        num_class_embeds=5,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+    pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    noisy, timesteps = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    encoded = encode_prompts(pipeline, unet, ["4", "0"], (8, 8))
+    with torch.no_grad():
+        expected = unet(noisy, timesteps, class_labels=torch.tensor([4, 0])).sample
+        assert torch.equal(predict(unet, unet, noisy, timesteps, encoded), expected)
+    for bad in ("5", "", "cat"):
+        with pytest.raises(ValueError, match="no class of this model"):
+            encode_prompts(pipeline, unet, [bad], (8, 8))
+    # It has no empty class: what a dropped caption leaves is the sample's own.
+    for index in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text(str(index))
+    cache = build_cache(pipeline, unet, image_folder(tmp_path), tmp_path / "cache", CacheSettings(((8, 8),)))
+    settings: dict[str, Any] = {"seed": 0, "stage": "test", "caption_dropout": 1.0}
+    batch = next(iter(NoisyBatches(cache, Diffusion(pipeline.scheduler), 4, range(1), **settings)))
+    assert sorted(batch.conditioning["class_labels"].tolist()) == [0, 1, 2, 3]
+
+
+def test_unconditional_models_train_on_pictures_alone(tmp_path: Path) -> None:
+    unet = build("unet2d").model
+    pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    cache = build_cache(pipeline, unet, image_folder(tmp_path), tmp_path / "cache", CacheSettings(((8, 8),)))
+    batch = next(iter(NoisyBatches(cache, Diffusion(pipeline.scheduler), 2, range(1), seed=0, stage="test")))
+    assert batch.conditioning == {} and len(batch) == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionUpscalePipeline",
+        "FluxControlPipeline",
+        "FluxFillPipeline",
+    ],
+)
+def test_pipelines_that_need_more_than_a_prompt_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} cannot be distilled: it takes .* text-to-image"):
+        check_pipeline(getattr(diffusers, name))
+
+
+def test_pipelines_that_need_no_more_pass() -> None:
+    for cls in (*AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values(), diffusers.DiTPipeline, diffusers.WanPipeline):
+        if not {"ControlNet", "Control"} & set(re.findall("ControlNet|Control", cls.__name__)):
+            check_pipeline(cls)
+
+
+def test_a_unet_with_classes_is_fed_by_its_pipeline() -> None:
+    unet = tiny_pipeline().unet
+    assert not family_of(unet).recorded
+    for more in ({"num_class_embeds": 4}, {"class_embed_type": "timestep"}, {"addition_embed_type": "text"}):
+        with torch.device("meta"):
+            assert family_of(unet_like(unet, **more)).recorded
+
+
 def test_classes() -> None:
     model = build("dit").model
     pipeline = diffusers.DiTPipeline(
@@ -181,6 +281,10 @@ def test_classes() -> None:
 
 
 def test_unknown_models_are_named() -> None:
+    with pytest.raises(ValueError, match="UNet2DModel cannot be distilled"):
+        model = build("unet2d").model
+        model.register_to_config(class_embed_type="timestep")
+        family_of(model)
     with pytest.raises(ValueError, match="ControlNetModel cannot be distilled"):
         family_of(build("controlnet").model)
 

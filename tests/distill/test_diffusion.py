@@ -1,11 +1,22 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.training_utils import compute_snr
 
 from flatten_diffusion.distill import Diffusion
+from flatten_diffusion.distill.denoiser_call import sampling_shift
+
+from .tiny import tiny_flux, tiny_sd3
 
 TIMESTEPS = torch.tensor([0, 1, 17, 400, 998])
 
@@ -70,7 +81,39 @@ def test_timesteps_are_stratified() -> None:
     assert drawn.tolist() != sorted(drawn.tolist())
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_the_median_timestep_is_the_samplers(scheduler: Any) -> None:
+    drawn = Diffusion(scheduler).draw_timesteps(4000, torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(101)
+    assert drawn.median().item() == pytest.approx(scheduler.timesteps.float().median().item(), abs=5)
+
+
+@pytest.mark.parametrize("build", [tiny_flux, tiny_sd3])
+def test_a_shift_by_size_is_the_pipelines(build: Any) -> None:
+    pipeline, size = build(), (96, 128)
+    options = {"use_dynamic_shifting": True, "shift": 7.0, "base_shift": 0.5, "max_shift": 9.0}
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**options)
+    diffusion = Diffusion(pipeline.scheduler)
+    with pytest.raises(ValueError, match="by the picture's size"):
+        diffusion.draw_timesteps(2, torch.Generator())
+    shift = sampling_shift(pipeline, pipeline.transformer, size)
+    drawn = diffusion.draw_timesteps(4000, torch.Generator().manual_seed(0), shift)
+    pipeline("a", height=size[0], width=size[1], output_type="latent")
+    assert drawn.median().item() == pytest.approx(pipeline.scheduler.timesteps.double().quantile(0.5).item(), abs=5)
+    assert sampling_shift(pipeline, pipeline.transformer, (32, 32)) != shift
+
+
 def test_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="counts backwards"):
+        Diffusion(FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
     with pytest.raises(ValueError, match="rectified"):
         Diffusion(DDPMScheduler(prediction_type="rectified"))
     flow = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)

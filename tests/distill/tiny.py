@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from eval.experiments.scenes_build import build_tokenizer
 from flatten_diffusion.distill import CacheSettings, LatentCache, build_cache, prompts_as_examples
-from flatten_diffusion.scenes.build import build_tokenizer
 
 CAPTIONS = ("a red circle", "a blue square", "two green stars", "a cross", "a pink ring", "a mirrored pair")
 
@@ -29,7 +31,7 @@ def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiff
     """32 x 32 pixels natively, 4x autoencoder with 4 channels, attention at 8 x 8 and 4 x 4 tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = build_tokenizer()
+        tokenizer = deepcopy(_tokenizer())
         pipeline = StableDiffusionPipeline(
             vae=AutoencoderKL(
                 down_block_types=("DownEncoderBlock2D",) * 3,
@@ -77,6 +79,12 @@ def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiff
             component.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@cache
+def _tokenizer() -> Any:
+    """Trained once: another training may number its tokens otherwise."""
+    return build_tokenizer()
 
 
 def tiny_sd3(dual: bool = False) -> diffusers.StableDiffusion3Pipeline:

@@ -156,7 +156,7 @@ def run_json(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Runs a command in this process, on the CPU; the JSON it wrote."""
 
     def run(*arguments: object) -> dict[str, Any]:
-        from eval.cli import main
+        from flatten_eval.cli import main
 
         target = tmp_path / "result.json"
         assert main([*map(str, arguments), "--device", "cpu", "--offline", "--json", str(target)]) == 0
@@ -171,7 +171,7 @@ def run_error(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, st
     """Runs a command that must fail; its exit code and the one line it printed."""
 
     def run(*arguments: object) -> tuple[int, str]:
-        from eval.cli import main
+        from flatten_eval.cli import main
 
         capsys.readouterr()
         code = main([*map(str, arguments), "--device", "cpu", "--offline"])

@@ -26,10 +26,14 @@ def command_line(*arguments: object, processes: int = 1) -> list[str]:
     own = [sys.executable, "-m"]
     if processes > 1:
         own += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    return [*own, "eval", *map(str, arguments)]
+    return [*own, "flatten_eval", *map(str, arguments)]
 
 
 def child_environment() -> dict[str, str]:
     # The same number of threads as here: it decides how sums are grouped, and with it the last bits of a picture.
     threads = str(torch.get_num_threads())
-    return os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    return os.environ | {
+        "OMP_NUM_THREADS": threads,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'eval'}",
+        "TQDM_DISABLE": "1",
+    }

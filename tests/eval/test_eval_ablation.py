@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import ablation
+from eval.experiments import ablation
 
 
 def test_data_that_cannot_be_used_is_said_before_the_pipeline_loads(

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import architectures, bench_conversion, bench_cpu, bench_models, bench_operator
+from eval.benchmarks import conversion, cpu
+from eval.benchmarks.__main__ import main, parse_arguments
 from flatten_diffusion import linearize
-from flatten_diffusion.models import crossover as layers
-from flatten_diffusion.ops import crossover
+from flatten_diffusion.models import autotune as layers
+from flatten_diffusion.models import timing as crossover
+from flatten_eval.speed import architectures, operator
 
 from .test_eval_throughput import TINY
 
@@ -19,7 +21,7 @@ from .test_eval_throughput import TINY
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architectures, "ARCHITECTURES", TINY)
-    monkeypatch.setattr(bench_operator, "COPY_BYTES", 2**16)
+    monkeypatch.setattr(operator, "COPY_BYTES", 2**16)
     monkeypatch.setenv("FLATTEN_DIFFUSION_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(crossover, "_known", {})
     monkeypatch.setattr(layers, "_found", {})
@@ -29,32 +31,35 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cpu_table(tmp_path: Path) -> None:
     path, threads = tmp_path / "cpu.json", torch.get_num_threads()
     try:
-        bench_cpu.main(
-            ["--json", str(path), "--threads", "1", "--tokens", "4096", "--rounds", "1", "--sizes", "64", "128",
+        main(
+            ["cpu", "--json", str(path), "--threads", "1", "--tokens", "4096", "--rounds", "1", "--sizes", "64", "128",
              "--model_rounds", "2", "1", "--no_compile"]
         )  # fmt: skip
     finally:
         torch.set_num_threads(threads)
     result = json.loads(path.read_text())
-    assert result["command"].startswith("python -m eval.bench_cpu --json ")
-    assert {"versions", "device_name", "time", "threads", "cpu", "load_before"} <= set(result["environment"])
+    assert result["command"].startswith("python -m eval.benchmarks cpu --json ")
+    assert {"versions", "device_name", "time", "threads", "load_before"} <= set(result["environment"])
     assert [(row["kernel_size"], row["tokens"]) for row in result["operator"]] == [(5, 4096), (0, 4096)]
     assert {"sdpa", "linear:eager"} == set(result["operator"][0]["variants"])
-    assert [set(row["variants"]) for row in result["model"]] == [{"sdpa", "auto"}, {"sdpa", "auto", "floor"}]
-    assert [row["variants"]["auto"]["rounds"] for row in result["model"]] == [2, 1]
+    assert [set(row["variants"]) for row in result["model"]] == [{"sdpa", "linear:eager", "floor"}] * 2
+    assert [row["variants"]["linear:eager"]["rounds"] for row in result["model"]] == [2, 1]
     assert all("tokens (measured)" in reason for reason in result["model"][0]["layers"].values())
     assert [row["row"] for row in result["verdicts"]] == ["operator, 4096 tokens"]
     row = result["operator"][0]["variants"]
-    assert result["verdicts"][0]["ratio"] == pytest.approx(row["sdpa"]["seconds"] / row["linear:eager"]["seconds"])
+    assert result["verdicts"][0]["ratio"] == pytest.approx(row["sdpa"]["median"] / row["linear:eager"]["median"])
 
 
 def test_rows_that_miss_are_said() -> None:
     result = {
         "operator": [],
         "bfloat16": [{"tokens": 16384, "float32_over_bfloat16": 0.9}],
-        "model": [{"size": 512, "sdpa_over_auto": 0.98}, {"size": 1024, "sdpa_over_auto": 1.4, "floor_over_auto": 0.9}],
+        "model": [
+            {"width": size, "height": size, "variants": {"linear:eager": {"speedup_over_sdpa": s, "ratio_to_floor": f}}}
+            for size, s, f in ((512, 0.98, None), (1024, 1.4, 1 / 0.9))
+        ],
     }
-    met = {row["row"]: row["met"] for row in bench_cpu.verdicts(result)}
+    met = {row["row"]: row["met"] for row in cpu.verdicts(result)}
     assert met == {
         "unet 1024x1024 against sdpa": False,
         "unet 1024x1024 against the floor": True,
@@ -63,41 +68,27 @@ def test_rows_that_miss_are_said() -> None:
     }
 
 
-def test_rounds_for_each_size() -> None:
-    options = bench_models.parse_arguments(["--sizes", "64", "128", "--rounds", "3", "--warmup", "1", "0"])
-    assert (options.rounds, options.warmup) == ([3, 3], [1, 0])
-    for wrong in (["--sizes", "64", "128", "--rounds", "1", "2", "3"], ["--sizes", "64", "--warmup", "1", "2"]):
-        with pytest.raises(SystemExit):
-            bench_models.parse_arguments(wrong)
-    with pytest.raises(SystemExit):
-        bench_cpu.parse_arguments(["--sizes", "64", "--model_rounds", "1", "2"])
-
-
 def test_how_many_rounds_are_missing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    for parse, wrong in (
-        (bench_cpu.parse_arguments, ["--sizes", "64", "--model_rounds", "1", "2"]),
-        (bench_models.parse_arguments, ["--sizes", "64", "--rounds", "1", "2"]),
-    ):
-        with pytest.raises(SystemExit):
-            parse(wrong)
-        assert "1 in all" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_arguments(["cpu", "--sizes", "64", "--model_rounds", "1", "2"])
+    assert "1 in all" in capsys.readouterr().err
 
 
 def test_conversion_of_every_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flux does not fit here: its weights stay on the meta device, and its new parameters count all the same."""
-    path, built = tmp_path / "conversion.json", bench_conversion.build_meta_model
-    flux = bench_conversion.tensor_bytes(built("flux", torch.bfloat16))
-    monkeypatch.setattr(bench_conversion, "free_memory", lambda _device: flux)
-    monkeypatch.setattr(bench_conversion, "SHARE", 1e9)  # of a model of a few hundred parameters
-    bench_conversion.main(["--archs", "pixart", "flux", "--rounds", "2", "--json", str(path)])
+    path, built = tmp_path / "conversion.json", conversion.build_meta_model
+    flux = conversion.tensor_bytes(built("flux", torch.bfloat16))
+    monkeypatch.setattr(conversion, "free_memory", lambda _device: flux)
+    monkeypatch.setattr(conversion, "SHARE", 1e9)  # of a model of a few hundred parameters
+    main(["conversion", "--archs", "pixart", "flux", "--rounds", "2", "--json", str(path)])
     result = json.loads(path.read_text())
-    assert {"versions", "device_name", "time", "threads", "cpu", "load_before"} <= set(result["environment"])
+    assert {"versions", "device_name", "time", "threads", "load_before"} <= set(result["environment"])
     pixart, flux_row = result["conversion"]
     assert (pixart["weights"], pixart["layers"], len(pixart["seconds"])) == ("random", 1, 2)
     assert (flux_row["weights"], flux_row["layers"]) == ("meta", 2)
     for row in (pixart, flux_row):
         model = built(row["arch"], torch.bfloat16)
-        own = bench_conversion.tensor_bytes(model)
+        own = conversion.tensor_bytes(model)
         adapter = linearize(model)
         assert row["model_bytes"] == own
         assert row["added_bytes"] == sum(2 * p.numel() for p in adapter.parameters()) > 0
@@ -119,17 +110,20 @@ def test_conversion_of_every_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_conversion_that_misses_is_said(
     weights: str, seconds: list[float], added: int, peak: int | None, extra: int, met: bool
 ) -> None:
-    found = bench_conversion.judge(1000, weights, seconds, added, peak)
+    found = conversion.judge(1000, weights, seconds, added, peak)
     assert found == {"extra_bytes": extra, "share": extra / 1000, "met": met}
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_operator_with_feature_maps_and_windows(backward: bool) -> None:
-    settings = ["--device", "cpu", "--no_sdpa", "--feature_maps", "--rounds", "1", "--warmup", "1", "--head_dim", "8"]
-    measured = bench_operator.parse_arguments([*settings, "--window", "4"] + ["--backward"] * backward)
-    row = bench_operator.measure(measured, 64)
-    assert set(row["variants"]) == {f"linear:eager{end}" for end in ("", "+maps", "+windows")} and not row["failures"]
-    functions = bench_operator.variants(measured, 64)
+    settings = operator.OperatorSettings(
+        head_dim=8, kernel_size=0, feature_maps=True, window=4, backward=backward, softmax=False, all_backends=False
+    )
+    variants = operator.measure_operator(64, torch.device("cpu"), settings, rounds=1, warmup=1)["variants"]
+    assert set(variants) == {f"linear:eager{end}" for end in ("", "+maps", "+windows")}
+    assert all(found["failure"] is None and found["median"] > 0 for found in variants.values())
+    candidates = operator.operator_candidates(64, torch.device("cpu"), settings)
+    functions = {name: candidate.call for name, candidate in candidates.items()}
     mapped, plain, windowed = (functions[f"linear:eager{end}"]() for end in ("+maps", "", "+windows"))
     if backward:
         assert [gradient.shape for gradient in mapped[3:]] == [(8, 8, 8), (8, 8), (8, 8, 8), (8, 8)]
@@ -141,7 +135,7 @@ def test_the_operator_with_feature_maps_and_windows(backward: bool) -> None:
 
 def test_other_packages_are_named_with_the_reason_they_are_missing() -> None:
     query = torch.randn(1, 8, 2, 4)
-    (name, run), *others = bench_operator.public_variants(query, query, query).items()
+    (name, run), *others = operator.public_variants(query, query, query).items()
     assert name.startswith("public:") and not others
     with pytest.raises((RuntimeError, ImportError)):
         run()

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.cli import main
-from eval.paired import Pair
-from eval.report import worst_first
+from flatten_eval.cli import main
+from flatten_eval.metrics.paired import Pair
+from flatten_eval.report import worst_first
 
 Run = Callable[..., dict[str, Any]]
 Fail = Callable[..., tuple[int, str]]

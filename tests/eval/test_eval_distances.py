@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval.distances.fid_infinity import frechet_infinity
-from eval.distances.frechet import frechet_distance
-from eval.distances.kernel import cmmd, kernel_distance, polynomial_mmd
-from eval.distances.manifold import manifold_metrics
-from eval.errors import InputError, RefusedComparison
+from flatten_eval.errors import InputError, RefusedComparison
+from flatten_eval.metrics.frechet import frechet_distance, frechet_infinity
+from flatten_eval.metrics.kernel import cmmd, kernel_distance, polynomial_mmd
+from flatten_eval.metrics.manifold import manifold_metrics
 
 torchmetrics = pytest.importorskip("torchmetrics", reason="torchmetrics is not installed (extra test)")
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import featurise as featurise_module
-from eval.cli import main
-from eval.features import load_extractor
-from eval.featurise import featurise
-from eval.images import open_images
-from eval.processes import Processes
+from flatten_eval.cli import main
+from flatten_eval.features import featurise as featurise_module
+from flatten_eval.features import load_extractor
+from flatten_eval.features.featurise import featurise
+from flatten_eval.images import open_images
+from flatten_eval.processes import Processes
 
 from .test_eval_resize import bicubic_matrix
 
@@ -339,7 +339,7 @@ def test_two_processes_give_the_same_numbers_bit_for_bit(
 def test_json_can_be_printed_and_images_keep_orientation_and_alpha(
     make_images: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from eval.images import ImageReader
+    from flatten_eval.images import ImageReader
 
     images = str(make_images("a", 5))
     assert main(["fid", images, images, "--extractor", "pixels", "--device", "cpu", "--json"]) == 0

@@ -17,10 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import files, generate
-from eval.cli import main
-from eval.pipelines import load_pipeline
-from eval.processes import Processes
+from flatten_diffusion import files
+from flatten_eval import generate
+from flatten_eval.cli import main
+from flatten_eval.pipelines import load_pipeline
+from flatten_eval.processes import Processes
 
 from .pieces import ROOT, child_environment, command_line
 
@@ -68,9 +69,9 @@ def test_one_png_per_prompt_and_seed_with_its_settings(reference: Path, tiny_pip
     with Image.open(reference / "000001-7.png") as image:
         written = json.loads(image.info["flatten_eval"])
     assert written["prompt"] == "two dogs, one blue" and written["seed"] == 7 and written["steps"] == 2
-    assert written["pipeline"] == str(tiny_pipeline) and written["dtype"] == "float32"
-    # Anyone can draw it again from what it says.
-    pipeline = load_pipeline(written["pipeline"], dtype="float32", device=CPU, offline=True)
+    assert written["pipeline"] == tiny_pipeline.name and written["dtype"] == "float32"
+    # Whoever has the pipeline can draw it again from what it says.
+    pipeline = load_pipeline(str(tiny_pipeline), dtype="float32", device=CPU, offline=True)
     generator = torch.Generator("cpu").manual_seed(written["generator_seed"])
     again = pipeline(written["prompt"], num_inference_steps=2, generator=generator, output_type="np").images[0]
     assert np.abs(again * 255 - found["000001-7.png"]).max() <= 1.01
@@ -122,7 +123,7 @@ def test_the_number_of_processes_changes_nothing(
 ) -> None:
     """Each of three ranks does its own share; `wait` and the launcher are exercised by the two-process fid test."""
     pipeline = load_pipeline(str(tiny_pipeline), dtype="float32", device=CPU, offline=True)
-    settings = generate.GenerationSettings(pipeline=str(tiny_pipeline), steps=2)
+    settings = generate.GenerationSettings(tiny_pipeline.name, generate.pipeline_sha256(str(tiny_pipeline)), steps=2)
     jobs = generate.make_jobs(["a red cat", "two dogs, one blue", "a house"], [0, 7])
     monkeypatch.setattr(Processes, "wait", lambda self: None)
     made = [generate.generate(pipeline, settings, jobs, tmp_path, Processes(r, 3, CPU), 2) for r in (2, 0, 1)]
@@ -136,7 +137,7 @@ def test_an_adapter_changes_the_pictures_and_is_recorded(
     first, second = pictures(reference), pictures(tmp_path / "out")
     assert any((first[name] != second[name]).any() for name in first)
     settings = json.loads((tmp_path / "out" / "generation.json").read_text())
-    assert settings["adapter"] == str(tiny_adapter) and len(settings["adapter_sha256"]) == 64
+    assert settings["adapter"] == tiny_adapter.name and len(settings["adapter_sha256"]) == 64
 
 
 def test_other_settings_do_not_mix(reference: Path, tiny_pipeline: Path, prompts: Path, tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_wrong_input_is_one_line(tiny_pipeline: Path, prompts: Path, tmp_path: P
         ((tiny_pipeline, "--prompts", tmp_path / "absent.txt", *out), "no such prompts file"),
         ((tiny_pipeline, "--prompts", tmp_path / "empty.txt", *out), "holds no prompts"),
         ((tiny_pipeline, "--prompts", tmp_path / "bad.jsonl", *out), "line 2: needs a text"),
-        ((tiny_pipeline, "--prompts", tmp_path / "latin.txt", *out), "not UTF-8"),
+        ((tiny_pipeline, "--prompts", tmp_path / "latin.txt", *out), "no UTF-8"),
         ((tiny_pipeline, *good, "--seeds", 1, 1, *out), "a seed is given twice"),
         ((tiny_pipeline, *good, "--num-images", 3, *out), "exclude each other"),
         ((tiny_pipeline, *good, "--output", tmp_path / "file"), "not a folder"),
@@ -220,7 +221,7 @@ class Demanding(Asks):
     ],
 )
 def test_sizes_that_the_pipeline_does_not_take(kind: type[Asks], size: tuple[int, int], message: str | None) -> None:
-    from eval.errors import InputError
+    from flatten_eval.errors import InputError
 
     settings = generate.GenerationSettings(pipeline="x", height=size[0], width=size[1])
     if message is None:
@@ -245,7 +246,7 @@ def test_sizes_of_real_pipelines(name: str, attributes: dict[str, int], wrong: i
     """The classes' own checks, without their models."""
     import diffusers
 
-    from eval.errors import InputError
+    from flatten_eval.errors import InputError
 
     pipeline = object.__new__(getattr(diffusers, name))
     for attribute, value in (attributes | {"vae_scale_factor": 8}).items():
@@ -280,12 +281,12 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_picture(
 
 
 def test_a_picture_of_nan_is_refused(tiny_pipeline: Path, prompts: Path, tmp_path: Path) -> None:
-    from eval.errors import InputError
+    from flatten_eval.errors import InputError
 
     pipeline = load_pipeline(str(tiny_pipeline), dtype="float32", device=CPU, offline=True)
     pipeline.vae.decoder.conv_out.bias.data.fill_(float("nan"))
     settings = generate.GenerationSettings(pipeline="x", steps=1)
-    with pytest.raises(InputError, match="000000-0.png: the picture is not finite in float32"):
+    with pytest.raises(InputError, match="000000-0.png: the image is not finite in float32"):
         generate.generate(pipeline, settings, generate.make_jobs(["a"], [0]), tmp_path, Processes(0, 1, CPU))
 
 
@@ -309,7 +310,7 @@ def test_pipelines_without_prompts(tmp_path: Path, run_json: Run, run_error: Fai
 
 
 def test_labels_of_class_conditional_pipelines() -> None:
-    from eval.errors import InputError
+    from flatten_eval.errors import InputError
 
     class DiT:
         labels = {"tench": 0, "goldfish": 1}

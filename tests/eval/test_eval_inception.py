@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from eval.errors import InputError
-from eval.features import inception as module
-from eval.features import is_published_fid, load_extractor
-from eval.features.inception_network import InceptionV3
-from eval.files import sha256_of
+from flatten_diffusion.files import sha256_of
+from flatten_eval.errors import InputError
+from flatten_eval.features import inception as module
+from flatten_eval.features import is_published_fid, load_extractor
+from flatten_eval.features.inception_network import InceptionV3
 
 from .pieces import draw
 
@@ -126,7 +126,7 @@ def test_unknown_weights_are_refused_with_both_checksums(weights: Path) -> None:
 
 def test_only_published_weights_are_called_fid(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PUBLISHED_SHA256", frozenset({sha256_of(weights)}))
-    monkeypatch.setattr("eval.features.PUBLISHED_SHA256", frozenset({sha256_of(weights)}))
+    monkeypatch.setattr("flatten_eval.features.PUBLISHED_SHA256", frozenset({sha256_of(weights)}))
     assert is_published_fid(load_extractor("inception", device=CPU, weights=weights).identity)
 
 

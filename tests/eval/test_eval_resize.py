@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.features.resize import resize
+from flatten_eval.features.resize import resize
 
 from .pieces import draw
 

@@ -12,9 +12,9 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-from eval import rope
+from eval.experiments import rope
 from flatten_diffusion import AdapterConfig, linearize, restore
-from flatten_diffusion.mixers import MixerSpec, create_mixer
+from flatten_diffusion.mixers import Context, LayerShape, create_mixer
 from flatten_diffusion.ops import focused_feature_map
 
 
@@ -53,7 +53,7 @@ def test_mixer_is_the_formula_token_by_token() -> None:
     query, key, value = (torch.randn(batch, tokens, heads, channels, dtype=torch.float64) for _ in range(3))
     mask = torch.ones(batch, tokens, dtype=torch.bool)
     mask[1, 7:] = False
-    mixer = create_mixer(rope.FEATURES_FIRST, MixerSpec(heads, channels, kernel_size=3), dtype=torch.float64)
+    mixer = create_mixer(rope.FeaturesFirstConfig(kernel_size=3), LayerShape(heads, channels, 24), dtype=torch.float64)
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.normal_(std=0.3)
@@ -61,7 +61,8 @@ def test_mixer_is_the_formula_token_by_token() -> None:
     given_key = rope.rotate(key, angle)
     given_key[~mask], given_value = torch.nan, value.clone()
     given_value[~mask] = torch.nan
-    mixed = mixer(rope.rotate(query, angle), given_key, given_value, (height, width), mask)
+    context = Context((height, width), mask)
+    mixed = mixer(rope.rotate(query, angle), given_key, given_value, context).output
 
     features = [focused_feature_map(x, 3.0, mixer.scale) for x in (query, key)]
     weight, bias = mixer.conv_weight.reshape(heads, channels, 3, 3), mixer.conv_bias.reshape(heads, channels)
@@ -86,12 +87,12 @@ def test_mixer_is_the_formula_token_by_token() -> None:
 
 @pytest.mark.parametrize("grid", [None, (2, 3, 4), ((1, 3, 4), (1, 2, 2))])
 def test_positions_that_are_not_known_are_refused(grid: tuple[int, ...] | None) -> None:
-    mixer = create_mixer(rope.FEATURES_FIRST, MixerSpec(2, 12))
+    mixer = create_mixer(rope.FEATURES_FIRST, LayerShape(2, 12, 24))
     x = torch.randn(1, 12, 2, 12)
     with pytest.raises(ValueError, match="one whole picture"):
-        mixer(x, x, x, grid)
+        mixer(x, x, x, Context(grid))
     with pytest.raises(ValueError, match="multiple of 6"):
-        create_mixer(rope.FEATURES_FIRST, MixerSpec(2, 16))
+        create_mixer(rope.FEATURES_FIRST, LayerShape(2, 16, 32))
 
 
 def test_a_converted_flux_hands_the_mixer_what_it_can_turn_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from eval.errors import InputError
-from eval.features import ExtractorIdentity
-from eval.statistics import FORMAT, Moments, Statistics, load_statistics, save_statistics
+from flatten_eval.errors import InputError
+from flatten_eval.features import ExtractorIdentity
+from flatten_eval.metrics.statistics import FORMAT, Moments, Statistics, load_statistics, save_statistics
 
 IDENTITY = ExtractorIdentity("own", "ab" * 32, "clean-299", "v")
 
@@ -43,7 +44,17 @@ def test_merging_is_exact_whatever_the_split(world: int) -> None:
 def test_sums_keep_what_plain_float64_loses() -> None:
     blocks = [torch.tensor([[1e16]]), *[torch.tensor([[1.0]])] * 10, torch.tensor([[-1e16]])]
     blocks = [block.double() for block in blocks]
-    assert float(moments_of(*blocks).total.sum()) == 10.0
+    assert float(moments_of(*blocks).mean()) == 10.0 / 12
+
+
+@pytest.mark.parametrize("size", [1, 7, 32])
+def test_a_large_mean_cancels_nothing(size: int) -> None:
+    """At a mean of 1e6 and deviations of 1, sums of products lose 0.6 % of the covariance."""
+    torch.manual_seed(0)
+    rows = torch.randn(300, 6, dtype=torch.float64)
+    far = (rows + 1e6) - 1e6  # as precise as such rows can be
+    moments = moments_of(*(far + 1e6).split(size))
+    np.testing.assert_allclose(moments.covariance(), np.cov(far.numpy(), rowvar=False), rtol=1e-9, atol=1e-10)
 
 
 def test_a_single_image_has_no_covariance() -> None:
@@ -83,6 +94,14 @@ def test_foreign_statistics_say_so(tmp_path: Path) -> None:
         ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "not finite"),
         ({"mu": np.zeros(1), "sigma": np.eye(1), "format": np.array(FORMAT + 1)}, "newer version"),
         ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "not readable"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "no covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.4, 1.0]])}, "no covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 2.0], [2.0, 1.0]])}, "no covariance"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "do not fit"),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "extractor": np.array('{"name": 5}')}, "which extractor"),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "extractor": np.array("[" * 100_000)}, "nested too deep"),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "count": np.zeros(3)}, "not readable"),
+        ({"mu": np.array(["x"]), "sigma": np.eye(1)}, "not readable"),
     ],
 )
 def test_bad_statistics_are_one_line(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
@@ -94,6 +113,18 @@ def test_bad_statistics_are_one_line(tmp_path: Path, arrays: dict[str, np.ndarra
 def test_truncated_statistics_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "s.npz"
     save_statistics(path, Statistics(torch.zeros(30), torch.eye(30).double(), 9, IDENTITY, "x"))
-    path.write_bytes(path.read_bytes()[:500])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:500])
     with pytest.raises(InputError, match="not readable"):
         load_statistics(path)
+    for index in range(0, len(whole), 97):  # a byte anywhere: read, or one line
+        path.write_bytes(whole[:index] + bytes([whole[index] ^ 0x5A]) + whole[index + 1 :])
+        with contextlib.suppress(InputError):
+            load_statistics(path)
+
+
+def test_a_covariance_of_few_images_in_float32_is_one(tmp_path: Path) -> None:
+    rows = torch.randn(20, 60)
+    sigma = np.cov(rows.numpy(), rowvar=False).astype(np.float32)
+    np.savez(tmp_path / "few.npz", mu=rows.mean(0).numpy(), sigma=sigma)
+    assert load_statistics(tmp_path / "few.npz").covariance.shape == (60, 60)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import architectures, operator_throughput, throughput
-from eval.architectures import ARCHITECTURES, Architecture, build_model, make_inputs
-from eval.floor import attention_free
-from eval.timing import Candidate, Measurement, describe_failure, measure
+from flatten_eval.speed import architectures, operator
+from flatten_eval.speed import model as throughput
+from flatten_eval.speed.architectures import ARCHITECTURES, Architecture, build_model, make_inputs
+from flatten_eval.speed.floor import attention_free
+from flatten_eval.speed.timing import Candidate, Measurement, describe_failure, measure
 
 Run = Callable[..., dict[str, Any]]
 Fail = Callable[..., tuple[int, str]]
@@ -68,7 +69,7 @@ TINY = {
 @pytest.fixture
 def tiny_archs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architectures, "ARCHITECTURES", TINY)
-    monkeypatch.setattr("eval.commands.throughput.ARCHITECTURES", TINY)
+    monkeypatch.setattr("flatten_eval.commands.throughput.ARCHITECTURES", TINY)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_out_of_memory_is_a_result() -> None:
         CPU, rounds=3, warmup=1, seconds=60, label="test",
     )  # fmt: skip
     assert found["first"].failure == found["later"].failure == "out of memory"
-    assert found["fine"].failure is None and found["fine"].rounds == 3
+    assert found["fine"].failure is None and len(found["fine"].samples) == 3
     assert describe_failure(RuntimeError("mat1 and mat2\nmore")) == "RuntimeError: mat1 and mat2"
 
 
@@ -216,7 +217,7 @@ def test_rounds_are_interleaved_in_a_rotating_order_inside_their_context() -> No
     measure({"a": call("a"), "b": call("b")}, CPU, rounds=2, warmup=0, seconds=60, label="t")
     assert order == ["aa", "bb", "aa", "bb", "bb", "aa"]  # peaks, then two rounds
     order.clear()
-    assert measure({"a": call("a")}, CPU, rounds=9, warmup=0, seconds=-1, label="t")["a"].rounds == 1
+    assert measure({"a": call("a")}, CPU, rounds=9, warmup=0, seconds=-1, label="t")["a"].as_dict()["rounds"] == 1
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_crossover(speeds: list[float | None], verdict: str, pixels: int | None)
 
 
 def test_the_operator_alone(run_json: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator_throughput, "_COPY_BYTES", 2**20)
+    monkeypatch.setattr(operator, "COPY_BYTES", 2**20)
     found = run_json(
         "throughput", "--op", "--tokens", 24, 35, "--heads", 2, "--head-dim", 8, "--rounds", 2, "--dtype", "bfloat16"
     )
@@ -248,8 +249,29 @@ def test_the_operator_alone(run_json: Run, monkeypatch: pytest.MonkeyPatch) -> N
     for row, tokens in zip(found["tokens"], (24, 35), strict=True):
         assert row["tokens"] == tokens and row["bytes_moved"] == 4 * tokens * 2 * 8 * 2
         variant = row["variants"]["linear:eager"]
-        share = row["bytes_moved"] / variant["median"] / found["copy_bytes_per_second"]
+        share = row["bytes_moved"] / variant["median"] / row["copy_bytes_per_second"]
         assert variant["of_copy_bandwidth"] == pytest.approx(share)
+
+
+def test_every_option_of_the_operator(run_json: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator, "COPY_BYTES", 2**16)
+    found = run_json(
+        "throughput", "--op", "--tokens", 16, "--heads", 2, "--head-dim", 8, "--rounds", 1, "--fewer", "--no-sdpa",
+        "--feature-maps", "--window", 2, "--kernel-size", 0, "--backward", "--focusing-factor", 2,
+    )  # fmt: skip
+    variants = found["tokens"][0]["variants"]
+    assert set(variants) == {f"linear:eager{end}" for end in ("", "+maps", "+windows")}
+    assert all(row["failure"] is None and row["of_copy_bandwidth"] is None for row in variants.values())
+    assert (found["backward"], found["window"], found["focusing_factor"]) == (True, 2, 2.0)
+
+
+def test_a_measured_crossover_tells_what_became_of_each_layer(
+    tiny_archs: None, run_json: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLATTEN_DIFFUSION_CACHE", str(tmp_path))
+    monkeypatch.setattr("flatten_diffusion.models.timing._time_ratio", lambda runs_at, side, device: 100 / side**2)
+    found = run_json("throughput", "--arch", "sd15", "--sizes", 64, "--rounds", 1, "--fewer", "--min-tokens", "auto")
+    assert found["min_tokens"] == "auto" and all("measured" in why for why in found["sizes"][0]["layers"].values())
 
 
 def test_wrong_use_is_one_line(tiny_archs: None, tmp_path: Path, run_error: Fail, monkeypatch: Any) -> None:
@@ -257,6 +279,7 @@ def test_wrong_use_is_one_line(tiny_archs: None, tmp_path: Path, run_error: Fail
         (("--arch", "sd15", "--adapter", "x"), "--adapter belongs to --pipeline"),
         (("--arch", "sd15", "--kernel-size", 4), "needs an odd number"),
         (("--op", "--plot", "x.png"), "does not go with --op"),
+        (("--op", "--graphs"), "--graphs needs a CUDA device"),
         (("--arch", "sd15", "--sizes", "68"), "UNet2DConditionModel needs multiples of 16 pixels"),
         (("--pipeline", tmp_path), "no model_index.json"),
     ]

@@ -1,8 +1,6 @@
 """The training script of the embedded pipeline, run whole at a toy size: it ends, resumes, and refuses wrong use."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,16 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("transformers", minversion="5", reason="the tokenizer is built with transformers 5")
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_scenes.py"
+from eval.experiments import train_scenes
 
 
-def run(monkeypatch, *arguments):
-    spec = importlib.util.spec_from_file_location("train_scenes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_scenes", module)  # worker processes find its functions by this name
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", ["train_scenes.py", *map(str, arguments)])
-    module.main()
+def run(*arguments):
+    train_scenes.main([*map(str, arguments)])
 
 
 def toy(folder, *more):
@@ -28,25 +21,25 @@ def toy(folder, *more):
     return ["--output_dir", folder, *sizes, *steps, *more]
 
 
-def test_all_stages_leave_a_pipeline_that_loads_and_draws(monkeypatch, tmp_path):
+def test_all_stages_leave_a_pipeline_that_loads_and_draws(tmp_path):
     from diffusers import StableDiffusionPipeline
 
-    run(monkeypatch, *toy(tmp_path, "--max_train_steps", 2))
+    run(*toy(tmp_path, "--max_train_steps", 2))
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "export", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red circle on a white background", num_inference_steps=2).images[0].size == (32, 32)
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*.tmp"))
     assert (tmp_path / "vae-checkpoints" / "checkpoint-2").is_dir()
 
 
-def test_a_second_run_continues_from_the_newest_checkpoint(monkeypatch, tmp_path):
-    run(monkeypatch, *toy(tmp_path, "--max_train_steps", 2, "--stages", "vae,denoiser"))
+def test_a_second_run_continues_from_the_newest_checkpoint(tmp_path):
+    run(*toy(tmp_path, "--max_train_steps", 2, "--stages", "vae,denoiser"))
     assert json.loads((tmp_path / "training.json").read_text())["steps"] == 2
     latents = (tmp_path / "latents.safetensors").read_bytes()
     for file in (tmp_path / "pipeline").rglob("*"):
         if file.is_file():
             file.unlink()
-    run(monkeypatch, *toy(tmp_path, "--max_train_steps", 4, "--stages", "denoiser"))
+    run(*toy(tmp_path, "--max_train_steps", 4, "--stages", "denoiser"))
     assert json.loads((tmp_path / "training.json").read_text())["steps"] == 4
     assert (tmp_path / "latents.safetensors").read_bytes() == latents
     assert sorted(path.name for path in (tmp_path / "denoiser-checkpoints").iterdir()) == [
@@ -55,14 +48,14 @@ def test_a_second_run_continues_from_the_newest_checkpoint(monkeypatch, tmp_path
     ]
 
 
-def test_the_joint_architecture_goes_on_from_a_smaller_one(monkeypatch, tmp_path):
+def test_the_joint_architecture_goes_on_from_a_smaller_one(tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
     first, second = tmp_path / "first", tmp_path / "second"
     joint = ["--architecture", "sd3", "--max_train_steps", 2]
-    run(monkeypatch, *toy(first, *joint, "--position_spacing", 2))
+    run(*toy(first, *joint, "--position_spacing", 2))
     larger = ["--resolution", 64, "--stages", "denoiser", "--initial_pipeline", first / "pipeline"]
-    run(monkeypatch, *toy(second, *joint, *larger))
+    run(*toy(second, *joint, *larger))
     absent = {"text_encoder_3": None, "tokenizer_3": None}
     pipe = StableDiffusion3Pipeline.from_pretrained(second / "export", torch_dtype=torch.float32, **absent)
     pipe.set_progress_bar_config(disable=True)
@@ -77,18 +70,18 @@ def test_the_joint_architecture_goes_on_from_a_smaller_one(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     "wrong", [["--stages", "unet"], ["--resolution", 100], ["--vae_crop", 12], ["--initial_pipeline", "nowhere"]]
 )
-def test_wrong_use_is_refused_before_anything_runs(monkeypatch, tmp_path, wrong, capsys):
+def test_wrong_use_is_refused_before_anything_runs(tmp_path, wrong, capsys):
     with pytest.raises(SystemExit) as raised:
-        run(monkeypatch, "--output_dir", tmp_path / "out", *wrong)
+        run("--output_dir", tmp_path / "out", *wrong)
     assert raised.value.code == 2
     assert wrong[0] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_either_stage_can_come_first(monkeypatch, tmp_path):
-    run(monkeypatch, *toy(tmp_path, "--max_train_steps", 2, "--stages", "denoiser"))
+def test_either_stage_can_come_first(tmp_path):
+    run(*toy(tmp_path, "--max_train_steps", 2, "--stages", "denoiser"))
     assert not (tmp_path / "export").exists()
-    run(monkeypatch, *toy(tmp_path, "--stages", "vae"))
+    run(*toy(tmp_path, "--stages", "vae"))
     trained = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     exported = load_file(tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(exported[name], tensor) for name, tensor in trained.items())

@@ -34,7 +34,7 @@ def test_is_its_matrix_and_keeps_the_inputs_dtype(rank: int | None, dtype: torch
 
 
 def test_factors_are_kept_only_where_they_save_something() -> None:
-    assert {name for name, _ in ProjectionDelta(8, 8, 3).named_parameters()} == {"bias", "lora_A", "lora_B"}
+    assert {name for name, _ in ProjectionDelta(8, 8, 3).named_parameters()} == {"bias", "down", "up"}
     assert {name for name, _ in ProjectionDelta(8, 8, 4).named_parameters()} == {"bias", "weight"}
 
 

@@ -7,8 +7,17 @@ import math
 import pytest
 import torch
 
-from flatten_diffusion.mixers import MixerSpec, WindowAttention, count_tokens, create_mixer, pictures_of
-from flatten_diffusion.mixers.joint import estimate_log_mass
+from flatten_diffusion.mixers import (
+    Context,
+    FocusedLinearConfig,
+    LayerMixer,
+    LayerShape,
+    WindowAttention,
+    count_tokens,
+    create_mixer,
+    pictures_of,
+)
+from flatten_diffusion.mixers.parts.text import estimate_log_partition
 from flatten_diffusion.ops.windows import from_windows, window_indices, windows_of
 
 GRIDS = [((8, 8), 4), ((5, 7), 4), ((3, 10), 4), ((2, 5, 7), 3), (((1, 5, 7), (1, 3, 9)), 4), ((3, 4), 8)]
@@ -38,7 +47,7 @@ def _share_window(one, other, size):
 def _naive(mixed, query, key, value, grid, size, mask, scale, gain, bias):
     """One query at a time, as the docstring has it."""
     places = _places(grid)
-    _, average, spread = estimate_log_mass(query, key, mask, scale)
+    _, average, spread = estimate_log_partition(query, key, mask, scale)
     out, log_mass = torch.zeros_like(mixed), torch.zeros(mixed.shape[:3], dtype=mixed.dtype)
     for b in range(len(query)):
         live = [m for m in range(len(places)) if mask is None or mask[b, m]]
@@ -74,7 +83,7 @@ def test_against_the_formula_spelled_out(grid, size, masked, trained):
         window.bias.copy_(torch.tensor(bias))
         gain, bias = window.gain.tolist(), window.bias.tolist()
         with torch.set_grad_enabled(trained):
-            ours = window(mixed, query, key, value, grid, mask, 0.5)
+            ours = window(mixed, query, key, value, Context(grid, mask, 0.5))
         assert ours[0].requires_grad == trained
         expected = _naive(mixed, query, key, value, grid, size, mask, 0.5, gain, bias)
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-7, atol=1e-9)
@@ -101,10 +110,10 @@ def test_small_blocks_are_the_same_as_large_ones(monkeypatch):
     mask = torch.rand(key.shape[:2], generator=torch.Generator().manual_seed(1)) > 0.3
     window = WindowAttention(2, 4)
     with torch.no_grad():
-        expected = window(mixed, query, key, value, grid, mask, None)
+        expected = window(mixed, query, key, value, Context(grid, mask, None))
         for elements in (1, 300, 1000):
             monkeypatch.setattr("flatten_diffusion.ops.focused_linear.eager.CPU_BLOCK_ELEMENTS", elements)
-            for ours, whole in zip(window(mixed, query, key, value, grid, mask, None), expected, strict=True):
+            for ours, whole in zip(window(mixed, query, key, value, Context(grid, mask, None)), expected, strict=True):
                 torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-5)
 
 
@@ -115,9 +124,9 @@ def test_moments_in_blocks_are_those_of_plain_torch(masked, monkeypatch):
     mask = torch.rand(2, 53, generator=generator) > 0.4 if masked else None
     poisoned = key if mask is None else key.masked_fill(~mask[:, :, None, None], float("nan"))
     monkeypatch.setattr("flatten_diffusion.ops.focused_linear.eager.CPU_BLOCK_ELEMENTS", 200)
-    expected = estimate_log_mass(query, key, mask, 0.4)  # with gradients enabled: plain torch
+    expected = estimate_log_partition(query, key, mask, 0.4)  # with gradients enabled: plain torch
     with torch.no_grad():
-        ours = estimate_log_mass(query, poisoned, mask, 0.4)
+        ours = estimate_log_partition(query, poisoned, mask, 0.4)
     for part, whole in zip(ours, expected, strict=True):
         torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-9)
 
@@ -126,7 +135,7 @@ def test_one_window_over_the_whole_picture_is_softmax():
     grid = (5, 6)
     query, key, value, mixed = (x.float() for x in _tensors(grid))
     with torch.no_grad():
-        ours, log_mass = WindowAttention(2, 8)(mixed, query, key, value, grid, None, None)
+        ours, log_mass = WindowAttention(2, 8)(mixed, query, key, value, Context(grid))
         scores = torch.einsum("bnhd,bmhd->bnhm", query, key) * 6**-0.5
         softmax = torch.einsum("bnhm,bmhd->bnhd", scores.softmax(-1), value)
     torch.testing.assert_close(ours, softmax, rtol=0, atol=2e-3)
@@ -144,8 +153,8 @@ def test_half_precision_stays_close_and_tells_small_shares(dtype, trained):
     with torch.no_grad():
         window.bias.fill_(-6.0)
         with torch.set_grad_enabled(trained):
-            ours, mass = window.to(dtype)(half[3], *half[:3], grid, None, None)
-        expected, exact_mass = window.double()(exact[3], *exact[:3], grid, None, None)
+            ours, mass = window.to(dtype)(half[3], *half[:3], Context(grid))
+        expected, exact_mass = window.double()(exact[3], *exact[:3], Context(grid))
     assert ours.dtype == dtype and mass.dtype == torch.float32
     assert (ours.double() - expected).norm() / expected.norm() < (0.01 if dtype == torch.bfloat16 else 0.002)
     torch.testing.assert_close(mass.double(), exact_mass, rtol=0, atol=0.06 if dtype == torch.bfloat16 else 0.01)
@@ -158,9 +167,9 @@ def test_masked_keys_are_never_read_and_every_gradient_is_finite():
     mask[1] = False
     keep = mask[:, :, None, None]
     window = WindowAttention(2, 4)
-    clean, _ = window(mixed, query, key, value, grid, mask, None)
+    clean, _ = window(mixed, query, key, value, Context(grid, mask, None))
     poisoned = [x.masked_fill(~keep, float("nan")).requires_grad_() for x in (key, value)]
-    out, _ = window(mixed.requires_grad_(), query.requires_grad_(), *poisoned, grid, mask, None)
+    out, _ = window(mixed.requires_grad_(), query.requires_grad_(), *poisoned, Context(grid, mask, None))
     torch.testing.assert_close(out, clean)
     torch.testing.assert_close(out[1], mixed[1])  # without any key there is only the mixer's output
     out.square().sum().backward()
@@ -175,7 +184,7 @@ def test_gradients_are_those_of_the_formula(grid):
     window = WindowAttention(1, 4).double()
 
     def run(*tensors):
-        return window(tensors[3], *tensors[:3], grid, None, None)
+        return window(tensors[3], *tensors[:3], Context(grid))
 
     assert torch.autograd.gradcheck(run, (query, key, value, mixed), nondet_tol=1e-9, fast_mode=True)
 
@@ -189,8 +198,8 @@ def test_the_written_out_gradient_is_that_of_plain_torch(grid, size, masked, mon
     mask = torch.rand(key.shape[:2], generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
     window = WindowAttention(2, size).double()
     leaves = [*tensors, *window.parameters()]
-    out, log_mass = window(mixed, query, key, value, grid, mask, 0.4)
-    rest, share, expected_mass = window.parts(query, key, value, grid, mask, 0.4)
+    out, log_mass = window(mixed, query, key, value, Context(grid, mask, 0.4))
+    rest, share, expected_mass = window.parts(query, key, value, Context(grid, mask, 0.4))
     expected = rest + share * mixed
     torch.testing.assert_close(out, expected)
     generator = torch.Generator().manual_seed(2)
@@ -201,23 +210,19 @@ def test_the_written_out_gradient_is_that_of_plain_torch(grid, size, masked, mon
         torch.testing.assert_close(gradient, other, rtol=1e-7, atol=1e-9)
 
 
-def test_a_mixer_attends_through_its_windows():
+def test_a_layer_attends_through_its_windows():
     torch.manual_seed(0)
-    mixer = create_mixer("focused_linear", MixerSpec(2, 6, kernel_size=0, window=4))
-    assert mixer.uses_grid
+    shape = LayerShape(2, 6, 12)
+    layer = LayerMixer(create_mixer(FocusedLinearConfig(kernel_size=0), shape), shape, window=4)
+    assert layer.needs == {"grid"}
     query, key, value, _ = (x.float() for x in _tensors((5, 7)))
     with torch.no_grad():
-        out, log_mass = mixer.attend(query, key, value, (5, 7))
-        linear = mixer(query, key, value, (5, 7))
-        expected = mixer.window(linear, query, key, value, (5, 7), None, None)
-    assert torch.equal(out, expected[0]) and torch.equal(log_mass, expected[1]) and not torch.allclose(out, linear)
-
-
-def test_windows_are_not_split_over_processes():
-    mixer = create_mixer("focused_linear", MixerSpec(2, 6, window=4))
-    mixer.group = object()
-    with pytest.raises(ValueError, match="Windows cannot be split over processes: convert with window=0"):
-        mixer.attend(*_tensors((5, 7))[:3], (5, 7))
+        out = layer(query, key, value, Context((5, 7)))
+        linear = layer.mixer(query, key, value, Context((5, 7))).output
+        expected, _ = layer.window(linear, query, key, value, Context((5, 7)))
+    assert torch.equal(out, expected) and not torch.allclose(out, linear)
+    with pytest.raises(ValueError, match="Windows need the grid"):
+        layer(query, key, value, Context())
 
 
 def test_autocast_casts_before_the_score_is_split():
@@ -226,10 +231,10 @@ def test_autocast_casts_before_the_score_is_split():
     window = WindowAttention(2, 4)
     with torch.no_grad():
         window.bias.fill_(4.0)
-        expected, mass = window(mixed, query, key, value, grid, None, None)
+        expected, mass = window(mixed, query, key, value, Context(grid, None, None))
     for trained in (False, True):
         with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(trained):
-            out, log_mass = window(mixed.bfloat16(), query, key, value.bfloat16(), grid, None, None)
+            out, log_mass = window(mixed.bfloat16(), query, key, value.bfloat16(), Context(grid))
         assert out.dtype == torch.bfloat16
         assert (out.float() - expected).norm() / expected.norm() < 0.01
         torch.testing.assert_close(log_mass.float(), mass, rtol=0, atol=0.06)

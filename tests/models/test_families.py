@@ -81,9 +81,9 @@ def test_non_square_dit_is_named_instead_of_scrambled():
         tiny()
 
 
-def test_no_owner_has_two_rows():
-    owners = [family.owner for family in FAMILIES]
-    assert len(set(owners)) == len(owners)
+def test_no_two_rows_of_an_owner_name_the_same_layers():
+    rows = [{(family.owner, path) for path in (*family.image, *family.joint, *family.kept)} for family in FAMILIES]
+    assert len(set.union(*rows)) == sum(map(len, rows))
 
 
 def test_without_a_convolution_no_grid_is_needed():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -11,50 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from flatten_diffusion.mixers import Grid
+from .tiny_newer import NEWER, NEWER_ALONE
+from .tiny_parts import R, T, TinyWrapped, flux_like, picture, position_ids, text_mask, turn
 
-R, T = torch.randn, torch.tensor
-
-
-@dataclass
-class TinyWrapped:
-    """A model, a call of it, the changes that turn its picture on its side, and what a conversion must find."""
-
-    model: nn.Module
-    inputs: dict[str, Any]
-    turn: dict[str, Any]
-    grid: Grid
-    turned_grid: Grid
-    converted: int
-    total: int
-    joint: int = 0
-    include: list[str] | None = field(default=None)
-
-    def __call__(self, model: nn.Module | None = None, **changes: Any) -> torch.Tensor:
-        """All outputs of one call, flat."""
-        output = (self.model if model is None else model)(**{**self.inputs, **changes})
-        parts = list(output) if isinstance(output, tuple) else list(output.values())
-        parts = [p for part in parts for p in (part if isinstance(part, (list, tuple)) else [part])]
-        return torch.cat([part.flatten() for part in parts])
-
-
-def _turn(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.transpose(-1, -2).contiguous()
-
-
-def _picture(model: nn.Module, counts: tuple[int, int, int], grid: Grid = (4, 6), **inputs: Any) -> TinyWrapped:
-    """A model that is given `hidden_states` as a picture or video."""
-    turned = {"hidden_states": _turn(inputs["hidden_states"])}
-    return TinyWrapped(model, inputs, turned, grid, (*grid[:-2], grid[-1], grid[-2]), *counts)
-
-
-def position_ids(height: int, width: int, picture: int = 0, columns: int = 3) -> torch.Tensor:
-    """[height * width, columns]: (picture, row, column, 0...)."""
-    ids = torch.zeros(height, width, columns)
-    ids[..., 0] = picture
-    ids[..., 1] += torch.arange(height)[:, None]
-    ids[..., 2] += torch.arange(width)[None]
-    return ids.reshape(height * width, columns)
+__all__ = ["JOINT", "WRAPPED", "TinyWrapped", "build_wrapped", "position_ids"]
 
 
 def hunyuandit() -> TinyWrapped:
@@ -66,7 +25,7 @@ def hunyuandit() -> TinyWrapped:
         text_len_t5=4, activation_fn="gelu-approximate",
     )  # fmt: skip
     ropes = [get_2d_rotary_pos_embed(8, ((0, 0), size), size, output_type="pt") for size in ((4, 6), (6, 4))]
-    tiny = _picture(
+    tiny = picture(
         model, (2, 4, 0), hidden_states=R(2, 4, 8, 12), timestep=T([5.0, 5.0]), encoder_hidden_states=R(2, 4, 24),
         text_embedding_mask=torch.ones(2, 4), encoder_hidden_states_t5=R(2, 4, 24),
         text_embedding_mask_t5=torch.ones(2, 4), image_meta_size=R(2, 6), style=T([0, 0]), image_rotary_emb=ropes[0],
@@ -81,7 +40,7 @@ def sd3() -> TinyWrapped:
         joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=24, out_channels=4,
         pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
-    return _picture(
+    return picture(
         model, (3, 3, 2), hidden_states=R(2, 4, 8, 12), timestep=T([5, 5]), encoder_hidden_states=R(2, 7, 24),
         pooled_projections=R(2, 24),
     )  # fmt: skip
@@ -93,21 +52,9 @@ def auraflow() -> TinyWrapped:
         num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=16, out_channels=4,
         pos_embed_max_size=256,
     )  # fmt: skip
-    return _picture(
+    return picture(
         model, (2, 2, 2), hidden_states=R(2, 4, 8, 12), timestep=T([0.5, 0.5]), encoder_hidden_states=R(2, 7, 24)
     )
-
-
-def _flux_like(model: nn.Module, columns: int = 3, **more: Any) -> TinyWrapped:
-    inputs = {
-        "hidden_states": R(2, 24, 4),
-        "encoder_hidden_states": R(2, 7, 24),
-        "timestep": T([0.5, 0.5]),
-        "img_ids": position_ids(4, 6, columns=columns),
-        "txt_ids": torch.zeros(7, columns),
-        **more,
-    }
-    return TinyWrapped(model, inputs, {"img_ids": position_ids(6, 4, columns=columns)}, (4, 6), (6, 4), 2, 2, 2)
 
 
 def flux() -> TinyWrapped:
@@ -115,7 +62,7 @@ def flux() -> TinyWrapped:
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, pooled_projection_dim=24, axes_dims_rope=(4, 4, 8), guidance_embeds=False,
     )  # fmt: skip
-    return _flux_like(model, pooled_projections=R(2, 24))
+    return flux_like(model, pooled_projections=R(2, 24))
 
 
 def flux2() -> TinyWrapped:
@@ -123,7 +70,7 @@ def flux2() -> TinyWrapped:
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
     )  # fmt: skip
-    return _flux_like(model, columns=4)
+    return flux_like(model, columns=4)
 
 
 def chroma() -> TinyWrapped:
@@ -134,7 +81,7 @@ def chroma() -> TinyWrapped:
     )  # fmt: skip
     mask = torch.ones(2, 31, dtype=torch.bool)
     mask[1, 5:7] = False
-    return _flux_like(model, attention_mask=mask)
+    return flux_like(model, attention_mask=mask)
 
 
 def qwenimage() -> TinyWrapped:
@@ -145,17 +92,11 @@ def qwenimage() -> TinyWrapped:
     inputs = {
         "hidden_states": R(2, 24, 16),
         "encoder_hidden_states": R(2, 7, 24),
-        "encoder_hidden_states_mask": _text_mask(),
+        "encoder_hidden_states_mask": text_mask(),
         "timestep": T([0.5, 0.5]),
         "img_shapes": [[(1, 4, 6)]] * 2,
     }
     return TinyWrapped(model, inputs, {"img_shapes": [[(1, 6, 4)]] * 2}, (1, 4, 6), (1, 6, 4), 2, 2, 2)
-
-
-def _text_mask() -> torch.Tensor:
-    mask = torch.ones(2, 7, dtype=torch.bool)
-    mask[1, 5:] = False
-    return mask
 
 
 def cogview4() -> TinyWrapped:
@@ -163,7 +104,7 @@ def cogview4() -> TinyWrapped:
         patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, out_channels=4,
         text_embed_dim=24, time_embed_dim=8, condition_dim=4, rope_axes_dim=(256, 256),
     )  # fmt: skip
-    return _picture(
+    return picture(
         model, (2, 2, 2), hidden_states=R(2, 4, 8, 12), encoder_hidden_states=R(2, 7, 24), timestep=T([5, 5]),
         original_size=R(2, 2), target_size=R(2, 2), crop_coords=R(2, 2),
     )  # fmt: skip
@@ -175,9 +116,9 @@ def lumina2() -> TinyWrapped:
         num_attention_heads=2, num_kv_heads=1, multiple_of=2, axes_dim_rope=(4, 4, 4), axes_lens=(32, 32, 32),
         cap_feat_dim=24,
     )  # fmt: skip
-    return _picture(
+    return picture(
         model, (3, 4, 2), hidden_states=R(2, 4, 8, 12), timestep=T([0.5, 0.5]), encoder_hidden_states=R(2, 7, 24),
-        encoder_attention_mask=_text_mask(),
+        encoder_attention_mask=text_mask(),
     )  # fmt: skip
 
 
@@ -188,7 +129,7 @@ def hidream() -> TinyWrapped:
         num_activated_experts=2, axes_dims_rope=(4, 2, 2), max_resolution=(16, 16), llama_layers=(0, 1),
         force_inference_output=True,
     )  # fmt: skip
-    return _picture(
+    return picture(
         model, (2, 2, 2), hidden_states=R(2, 4, 8, 12), timesteps=T([5, 5]), encoder_hidden_states_t5=R(2, 7, 24),
         encoder_hidden_states_llama3=R(2, 2, 7, 12), pooled_embeds=R(2, 16),
     )  # fmt: skip
@@ -205,7 +146,7 @@ def omnigen() -> TinyWrapped:
     mask[:, 8:, :] = 1
     mask[1, :, :2] = 0
     mask[1, :2, :2] = torch.eye(2)
-    return _picture(
+    return picture(
         model, (2, 2, 2), hidden_states=R(2, 4, 8, 12), timestep=T([0.5, 0.5]),
         input_ids=torch.randint(0, 100, (2, 7)), input_img_latents=[], input_image_sizes={}, attention_mask=mask,
         position_ids=torch.arange(tokens)[None].repeat(2, 1),
@@ -222,7 +163,7 @@ def zimage() -> TinyWrapped:
         nn.init.zeros_(parameter)
     pictures = [R(4, 1, 8, 12), R(4, 1, 8, 12)]
     inputs = {"x": pictures, "t": T([0.5, 0.5]), "cap_feats": [R(7, 24), R(40, 24)]}
-    return TinyWrapped(model, inputs, {"x": [_turn(x) for x in pictures]}, (1, 4, 6), (1, 6, 4), 3, 4, 3)
+    return TinyWrapped(model, inputs, {"x": [turn(x) for x in pictures]}, (1, 4, 6), (1, 6, 4), 3, 4, 3)
 
 
 def prx() -> TinyWrapped:
@@ -233,9 +174,9 @@ def prx() -> TinyWrapped:
     for parameter in model.parameters():  # its zero layers would hide everything
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
-    return _picture(
+    return picture(
         model, (2, 2, 2), hidden_states=R(2, 4, 8, 12), timestep=T([0.5, 0.5]), encoder_hidden_states=R(2, 7, 24),
-        attention_mask=_text_mask(),
+        attention_mask=text_mask(),
     )  # fmt: skip
 
 
@@ -245,7 +186,7 @@ def sana() -> TinyWrapped:
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=24,
         sample_size=8, patch_size=1,
     )  # fmt: skip
-    tiny = _picture(
+    tiny = picture(
         model, (2, 4, 0), (8, 12), hidden_states=R(2, 4, 8, 12), timestep=T([5, 5]),
         encoder_hidden_states=R(2, 7, 24), encoder_attention_mask=torch.ones(2, 7),
     )  # fmt: skip
@@ -262,7 +203,7 @@ def cogvideox() -> TinyWrapped:
         temporal_compression_ratio=4, max_text_seq_length=7, use_rotary_positional_embeddings=True,
     )  # fmt: skip
     ropes = [get_3d_rotary_pos_embed(16, ((0, 0), size), size, 3) for size in ((4, 6), (6, 4))]
-    tiny = _picture(
+    tiny = picture(
         model, (2, 2, 2), (3, 4, 6), hidden_states=R(2, 3, 4, 8, 12), encoder_hidden_states=R(2, 7, 24),
         timestep=T([5, 5]), image_rotary_emb=ropes[0],
     )  # fmt: skip
@@ -293,7 +234,7 @@ def wan() -> TinyWrapped:
         freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
     )  # fmt: skip
-    return _picture(
+    return picture(
         model, (2, 4, 0), (2, 4, 6), hidden_states=R(2, 4, 2, 8, 12), timestep=T([5, 5]),
         encoder_hidden_states=R(2, 7, 16),
     )  # fmt: skip
@@ -305,9 +246,9 @@ def hunyuanvideo() -> TinyWrapped:
         num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True, text_embed_dim=16,
         pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
     )  # fmt: skip
-    return _picture(
+    return picture(
         model, (2, 3, 2), (2, 4, 6), hidden_states=R(2, 4, 2, 4, 6), timestep=T([5, 5]),
-        encoder_hidden_states=R(2, 7, 16), pooled_projections=R(2, 8), encoder_attention_mask=_text_mask().float(),
+        encoder_hidden_states=R(2, 7, 16), pooled_projections=R(2, 8), encoder_attention_mask=text_mask().float(),
         guidance=T([5.0, 5.0]),
     )  # fmt: skip
 
@@ -318,9 +259,9 @@ def mochi() -> TinyWrapped:
         in_channels=4, out_channels=None, qk_norm="rms_norm", text_embed_dim=16, time_embed_dim=4,
         activation_fn="swiglu", max_sequence_length=7,
     )  # fmt: skip
-    return _picture(
+    return picture(
         model, (2, 2, 2), (2, 4, 6), hidden_states=R(2, 4, 2, 8, 12), encoder_hidden_states=R(2, 7, 16),
-        timestep=T([5, 5]), encoder_attention_mask=_text_mask(),
+        timestep=T([5, 5]), encoder_attention_mask=text_mask(),
     )  # fmt: skip
 
 
@@ -340,7 +281,7 @@ def allegro() -> TinyWrapped:
         axes = torch.meshgrid(times, rows, columns, indexing="ij")
         return tuple(freqs), tuple(axis.reshape(1, -1).long() for axis in axes)
 
-    tiny = _picture(
+    tiny = picture(
         model, (2, 4, 0), (2, 4, 6), hidden_states=R(2, 4, 2, 8, 12), timestep=T([5, 5]),
         encoder_hidden_states=R(2, 7, 24), encoder_attention_mask=torch.ones(2, 7), image_rotary_emb=rope((4, 6)),
     )  # fmt: skip
@@ -374,9 +315,9 @@ WRAPPED: dict[str, Callable[[], TinyWrapped]] = {
         hunyuandit, sd3, auraflow, flux, flux2, chroma, qwenimage, cogview4, lumina2, hidream, omnigen, zimage, prx,
         sana, cogvideox, ltx, wan, hunyuanvideo, mochi, allegro, stableaudio,
     )
-}  # fmt: skip
+} | NEWER  # fmt: skip
 
-JOINT = [name for name in WRAPPED if name not in ("hunyuandit", "sana", "ltx", "wan", "allegro")]
+JOINT = [name for name in WRAPPED if name not in ("hunyuandit", "sana", "ltx", "wan", "allegro", *NEWER_ALONE)]
 
 
 def build_wrapped(name: str, seed: int = 0) -> TinyWrapped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flatten_diffusion.ops import focused_feature_map, focused_linear_attention, resolve_backend
+from flatten_diffusion.ops.focused_linear.arguments import FocusedArguments
 
 from .focused_cases import (
     MAPS,
@@ -367,6 +369,43 @@ def test_inductor_compiles_it():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_traces_to_nodes_of_torch(backend):
+    """Also with a grid of sizes that the trace holds as tensors; torch.onnx's older exporter traces like this."""
+    images = torch.randn(1, 16, 3, 5)
+    weight = torch.randn(16, 1, 3, 3)
+
+    def call(images):
+        tokens = images.flatten(2).transpose(1, 2).unflatten(-1, (2, 8))
+        return focused_linear_attention(
+            tokens, tokens, tokens, conv_weight=weight, grid=images.shape[2:], backend=backend
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sizes become constants, and that tracing is old
+        traced = torch.jit.trace(call, images)
+    assert "flatten_diffusion::" not in str(traced.graph)
+    other = torch.randn(1, 16, 3, 5)
+    assert relative_error(traced(other), call(other)) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exports_with_sizes_left_open(backend):
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value):
+            return focused_linear_attention(query, key, value, backend=backend)
+
+    inputs = make_inputs((3, (3, 5), 2, 8), dtype=torch.float32)
+    query, key, value = inputs["query"], *(inputs[name][:, :9].contiguous() for name in ("key", "value"))
+    batch, tokens, keys = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "tokens", "keys"))
+    shapes = [{0: batch, 1: tokens}, {0: batch, 1: keys}, {0: batch, 1: keys}]
+    program = torch.export.export(Attention(), (query, key, value), dynamic_shapes=shapes)
+    own = [node for node in program.graph.nodes if "flatten_diffusion" in str(node.target)]
+    assert len(own) == (backend != "reference")
+    call = [tensor[:2, 2:].contiguous() for tensor in (query, key, value)]
+    assert relative_error(program.module()(*call), Attention()(*call)) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_runs_in_the_autocast_dtype(backend):
     inputs = make_inputs((2, (3, 5), 2, 8), dtype=torch.float32, maps=True)
     halves = {k: v.bfloat16() if k in ("query", "key", "value") else v for k, v in inputs.items()}
@@ -437,10 +476,11 @@ def test_half_precision_never_holds_a_wide_copy(monkeypatch, maps):
     inputs = make_inputs((1, (50, 20), 2, 32), dtype=torch.bfloat16, maps=maps)
     pairs = [(inputs[f"{name}_weight"], inputs[f"{name}_bias"]) if maps else None for name in ("query_map", "key_map")]
     tokens = [inputs[k] for k in ("query", "key", "value")]
-    arguments = [*tokens, inputs["scale"], *pairs, inputs["conv_weight"], inputs["conv_bias"], None]
+    convolution = inputs["conv_weight"], inputs["conv_bias"]
+    call = FocusedArguments(*tokens, inputs["scale"], *pairs, *convolution, None, 3.0, inputs["grid"])
     with Largest() as largest:
-        output, *state = eager.forward(*arguments, 3.0, inputs["grid"])
-        eager.backward(output, *arguments, *state, 3.0, inputs["grid"], True)
+        output, state, mean_key, _ = eager.forward(call)
+        eager.backward(call, output, state, mean_key)
     assert 0 < largest.entries < inputs["query"].numel() // 8
 
 

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from flatten_diffusion.ops.focused_linear import triton as launcher  # noqa: E402
+from flatten_diffusion.ops.focused_linear.arguments import FocusedArguments  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024
@@ -88,10 +89,10 @@ def test_compiles_for_hopper(monkeypatch, dtype, heads, head_dim, grid, kernel, 
     bias = torch.zeros(heads * head_dim) if kernel else None
     mask = torch.ones(2, tokens, dtype=torch.bool) if masked else None
     pair = (torch.zeros(heads, head_dim, head_dim), torch.zeros(heads, head_dim)) if maps else None
-    arguments = (query, key, value, scale, pair, pair, weight, bias, mask)
-    output, means, mean_key = launcher.forward(*arguments, 3.0, grid)
+    call = FocusedArguments(query, key, value, scale, pair, pair, weight, bias, mask, 3.0, grid)
+    output, means, mean_key, _ = launcher.forward(call)
     if not maps:  # the backward's kernels never see them
-        launcher.backward(output, *arguments, means, mean_key, 3.0, grid, kernel > 0)
+        launcher.backward(call, output, means, mean_key)
 
     expected = {"statistics_kernel", "state_kernel", "query_kernel"} | (set() if maps else {"key_gradient_kernel"})
     assert {name for name, _, _ in found} >= expected

@@ -5,10 +5,9 @@ import torch
 
 pytest.importorskip("transformers", minversion="5", reason="the tokenizer is built with transformers 5")
 
+from eval.experiments.scenes_build import build_pipeline, start_from
+from eval.experiments.train_scenes import T5_TOKENS, CountedLastKey, JointDenoiser, denoiser_of
 from flatten_diffusion.scenes import PIPELINE_DIR
-from flatten_diffusion.scenes.build import build_pipeline
-from flatten_diffusion.scenes.denoiser import T5_TOKENS, CountedLastKey, JointDenoiser, denoiser_of
-from flatten_diffusion.scenes.warm_start import start_from
 
 CAPTIONS = ["a red circle on a white background", "two blue stars on a navy background"]
 

@@ -1,6 +1,7 @@
 """The embedded pipelines: small, offline, really trained, and convertible."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -46,6 +47,19 @@ def test_it_is_small_and_has_a_model_card(name):
     assert sum(path.stat().st_size for path in files) < 25e6
     assert all(path.suffix in {".json", ".safetensors", ".txt", ".md"} for path in files)
     assert (folder / "README.md").is_file()
+
+
+@pytest.mark.parametrize("folder", [folder for pair in FOLDERS.values() for folder in pair], ids=lambda path: path.name)
+def test_nothing_that_ships_names_a_path_of_the_machine_it_was_made_on(folder):
+    """No key that holds one, and no text like /root/runs or C:\\Users (a word, then a separator, after a root)."""
+    absolute = re.compile(r"(?<![\w:/.])(?:/[\w.-]+/[\w.-]+|~/|[A-Za-z]:[\\\\/]+\w)")
+    assert absolute.search('"/root/runs/vae"') and absolute.search("in /home/x.") and absolute.search('"C:\\\\Users"')
+    texts = [path for path in folder.rglob("*") if path.suffix in {".json", ".md"} and path.name != "tokenizer.json"]
+    assert len(texts) > 1
+    for path in texts:
+        content = path.read_text(encoding="utf-8")
+        assert "_name_or_path" not in content, path
+        assert not absolute.search(content), (path, absolute.search(content))
 
 
 # The values measured on 200 captions are in the model cards; another picture's caption sets the floor.

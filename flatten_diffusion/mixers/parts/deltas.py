@@ -17,7 +17,7 @@ class ProjectionDelta(nn.Module):
     """A linear map added to one projection; adds nothing until it is trained or solved for.
 
     Parameters:
-        lora_A: [rank, in_features], random, and lora_B: [out_features, rank], zeros (Hu et al., "LoRA", ICLR 2022,
+        down: [rank, in_features], random, and up: [out_features, rank], zeros (Hu et al., "LoRA", ICLR 2022,
             with alpha = rank); or, where `rank` is None or saves nothing, weight: [out_features, in_features], zeros.
         bias: [out_features], zeros.
     """
@@ -27,8 +27,8 @@ class ProjectionDelta(nn.Module):
         self.rank = rank if rank is not None and rank * (in_features + out_features) < in_features * out_features else 0
         self.bias = nn.Parameter(torch.zeros(out_features))
         if self.rank:
-            self.lora_A = nn.Parameter(torch.randn(self.rank, in_features) * in_features**-0.5)
-            self.lora_B = nn.Parameter(torch.zeros(out_features, self.rank))
+            self.down = nn.Parameter(torch.randn(self.rank, in_features) * in_features**-0.5)
+            self.up = nn.Parameter(torch.zeros(out_features, self.rank))
         else:
             self.weight = nn.Parameter(torch.zeros(out_features, in_features))
 
@@ -36,12 +36,12 @@ class ProjectionDelta(nn.Module):
         """[..., in_features] -> [..., out_features] in the input's dtype, computed in the parameters' dtype."""
         hidden = hidden_states.to(self.bias.dtype)
         if self.rank:
-            return F.linear(F.linear(hidden, self.lora_A), self.lora_B, self.bias).to(hidden_states.dtype)
+            return F.linear(F.linear(hidden, self.down), self.up, self.bias).to(hidden_states.dtype)
         return F.linear(hidden, self.weight, self.bias).to(hidden_states.dtype)
 
     def matrix(self) -> torch.Tensor:
         """The map as [out_features, in_features]."""
-        return self.lora_B @ self.lora_A if self.rank else self.weight
+        return self.up @ self.down if self.rank else self.weight
 
     @torch.no_grad()
     def assign(self, matrix: torch.Tensor, bias: torch.Tensor, gram: torch.Tensor | None = None) -> None:
@@ -58,8 +58,8 @@ class ProjectionDelta(nn.Module):
         root, inverse = (None, None) if gram is None else _square_roots(gram.double())
         u, s, v = torch.linalg.svd(matrix if root is None else matrix @ root, full_matrices=False)
         left, right = u[:, : self.rank] * s[: self.rank].sqrt(), s[: self.rank, None].sqrt() * v[: self.rank]
-        self.lora_B.copy_(left)
-        self.lora_A.copy_(right if inverse is None else right @ inverse)
+        self.up.copy_(left)
+        self.down.copy_(right if inverse is None else right @ inverse)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank or 'full'}"

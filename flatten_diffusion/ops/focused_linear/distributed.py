@@ -9,15 +9,18 @@ gradients travel back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from . import eager
-from .dispatch import call_dtype, check_arguments, resolve_backend
-from .reference import HeadMap, compute_dtype, head_map_of, of_every_head
+from ..transforms import backward_needs_plain_torch, needs_plain_torch
+from .arguments import FocusedArguments, HeadMap
+from .dispatch import call_dtype, resolve_backend
+from .operator import kernels_of
+from .reference import compute_dtype
 
 
 def even_rows(height: int, processes: int) -> tuple[int, ...]:
@@ -81,132 +84,62 @@ def split_focused_linear_attention(
     Raises:
         ValueError: tensors that do not fit together, rows that do not fit the group or the tokens, or a backend that
             cannot run.
+        RuntimeError: forward-mode or second derivatives, torch.func transforms, torch.jit.trace.
     """
+    _refuse(needs_plain_torch())
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     tokens = query.shape[1] if query.dim() == 4 else 0
     grid = _own_grid(tokens, rows, rank, size) if rows is not None else None
     if conv_weight is not None and rows is None:
         raise ValueError("conv_weight is given without rows: pass the grid rows of every process.")
-    check_arguments(
-        query, key, value, focusing_factor, scale, query_map, key_map, conv_weight, conv_bias, grid, key_mask
+    call = FocusedArguments(
+        query, key, value, scale, query_map, key_map, conv_weight, conv_bias, key_mask, focusing_factor, grid
     )
-    channels = query.shape[2] * query.shape[3]
-    conv_weight, conv_bias = of_every_head(conv_weight, channels), of_every_head(conv_bias, channels)
+    call.check()
     if backend == "reference":
         raise ValueError("backend 'reference' runs in one process: choose 'auto', 'eager' or 'triton'.")
-    device_type, dtype = query.device.type, call_dtype(query)
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    name = resolve_backend(backend, query.device, query.dtype, query.shape[3])
-    with torch.autocast(device_type, enabled=False):
-        output: torch.Tensor = _SplitAttention.apply(
-            query, key, value, scale, *(query_map or (None, None)), *(key_map or (None, None)), conv_weight, conv_bias,
-            key_mask, float(focusing_factor), grid or (0, 0), name, group,
-        )  # fmt: skip
-        if conv_weight is None or conv_weight.shape[-1] == 1 or size == 1:
+    call = call.per_channel().cast(call_dtype(query))
+    name = resolve_backend(backend, query.device, call.query.dtype, query.shape[3])
+    with torch.autocast(query.device.type, enabled=False):
+        output: torch.Tensor = _SplitAttention.apply(*call.flat(), name, group)
+        if rows is None or call.conv_weight is None or call.conv_weight.shape[-1] == 1 or size == 1:
             return output
-        assert rows is not None and grid is not None
-        return _add_across_cuts(output, value, conv_weight, key_mask, tuple(rows), grid, rank, group)
+        return _add_across_cuts(output, call, tuple(rows), rank, group)
+
+
+def _refuse(more_than_a_gradient: bool) -> None:
+    """What torch transforms, or differentiates twice, does not cross processes."""
+    if more_than_a_gradient:
+        raise RuntimeError(
+            "split_focused_linear_attention has gradients, once, and nothing else: for forward-mode or second "
+            "derivatives, torch.func and torch.jit pass whole images to focused_linear_attention."
+        )
 
 
 class _SplitAttention(torch.autograd.Function):
     """Everything but what the convolution reads beyond this process's rows."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: torch.Tensor | None,
-        query_weight: torch.Tensor | None,
-        query_bias: torch.Tensor | None,
-        key_weight: torch.Tensor | None,
-        key_bias: torch.Tensor | None,
-        conv_weight: torch.Tensor | None,
-        conv_bias: torch.Tensor | None,
-        key_mask: torch.Tensor | None,
-        power: float,
-        grid: tuple[int, int],
-        backend: str,
-        group: dist.ProcessGroup | None,
-    ) -> torch.Tensor:
-        given = (scale, query_weight, query_bias, key_weight, key_bias, conv_weight, conv_bias)
-        parameters = [None if t is None else t.detach().contiguous() for t in given]
-        scale, query_map, key_map, conv_weight, conv_bias = _by_kind(parameters)
-        count = eager.key_count(key, key_mask)
-        if backend == "triton":
-            from . import triton
-
-            key_mask = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device) if key_mask is None else key_mask
-            sums = triton.state_sums(key, value, scale, key_map, key_mask, power)
-            state, mean_key, count = _sum_over_processes(group, *sums, count)
-            output, state, mean_key = triton.forward_from_sums(
-                query, value, scale, query_map, conv_weight, conv_bias, key_mask, count, state, mean_key, power, grid
-            )
-        else:
-            sums = eager.key_state(key, value, scale, key_map, key_mask, torch.ones_like(count), power)
-            state, mean_key, count = _sum_over_processes(group, *sums, count)
-            divisor = count.clamp(min=1)[:, None, None]
-            state, mean_key = state / divisor[..., None], mean_key / divisor
-            output = eager.query_output(
-                query, value, scale, query_map, conv_weight, conv_bias, key_mask, count, state, mean_key, power, grid
-            )
-        ctx.save_for_backward(query, key, value, *parameters, key_mask, count, state, mean_key)
-        ctx.power, ctx.grid, ctx.backend, ctx.group = power, grid, backend, group
+    def forward(ctx: Any, *flat: Any) -> torch.Tensor:
+        *arguments, backend, group = flat
+        call = FocusedArguments.from_flat(arguments)
+        output, *state = kernels_of(backend).forward(call, partial(_sum_over_processes, group))
+        *tensors, focusing_factor, grid = call.flat()
+        ctx.save_for_backward(*tensors, *state)
+        ctx.settings, ctx.backend, ctx.group = (focusing_factor, grid), backend, group
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _refuse(backward_needs_plain_torch())
+        *tensors, state, mean_key, count = ctx.saved_tensors
+        call = FocusedArguments.from_flat((*tensors, *ctx.settings))
         # Called under autocast too, which would undo the float32 accumulation.
         with torch.autocast(grad_output.device.type, enabled=False):
-            return _split_backward(ctx, grad_output)
-
-
-def _split_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    query, key, value, *parameters, key_mask, count, state, mean_key = ctx.saved_tensors
-    scale, query_map, key_map, conv_weight, conv_bias = _by_kind(parameters)
-    grad_scale = grad_weight = grad_bias = None
-    if ctx.backend == "triton":
-        from . import triton
-
-        grad_query, grad_query_map, query_share, sums, vector_sums = triton.query_backward(
-            grad_output, query, scale, query_map, state, mean_key, ctx.power
-        )
-        sums, vector_sums = _sum_over_processes(ctx.group, sums, vector_sums)
-        grad_key, grad_value, key_share, grad_key_map, (grad_weight, grad_bias) = triton.key_backward(
-            grad_output, key, value, scale, key_map, conv_weight, conv_bias, key_mask, count, mean_key, sums,
-            vector_sums, ctx.power, ctx.grid,
-        )  # fmt: skip
-        grad_scale = None if scale is None else query_share + key_share
-    else:
-        grad_scale = None if scale is None else torch.zeros_like(scale, dtype=state.dtype)
-        grad_query, grad_query_map, *grads = eager.query_backward(
-            grad_output, query, scale, query_map, state, mean_key, grad_scale, ctx.power
-        )
-        grad_state, grad_mean = _sum_over_processes(ctx.group, *grads)
-        grad_key, grad_key_map, grad_value = eager.key_backward(
-            key, value, scale, key_map, key_mask, count, grad_state, grad_mean, grad_scale, ctx.power
-        )
-        if conv_weight is not None:
-            grad_weight, grad_bias = eager.convolution_backward(
-                grad_output, value, conv_weight, conv_bias, key_mask, count, ctx.grid, grad_value, True
+            grads: tuple[torch.Tensor | None, ...] = kernels_of(ctx.backend).backward(
+                call, grad_output, state, mean_key, count, partial(_sum_over_processes, ctx.group)
             )
-    if scale is not None and grad_scale is not None:
-        grad_scale = grad_scale.to(scale.dtype)
-    return (
-        grad_query, grad_key, grad_value, grad_scale, *grad_query_map, *grad_key_map, grad_weight, grad_bias,
-        *[None] * 5,
-    )  # fmt: skip
-
-
-def _by_kind(
-    parameters: Sequence[torch.Tensor | None],
-) -> tuple[torch.Tensor | None, HeadMap | None, HeadMap | None, torch.Tensor | None, torch.Tensor | None]:
-    """scale, query_map, key_map, conv_weight and conv_bias."""
-    scale, query_weight, query_bias, key_weight, key_bias, conv_weight, conv_bias = parameters
-    maps = head_map_of(query_weight, query_bias), head_map_of(key_weight, key_bias)
-    return scale, *maps, conv_weight, conv_bias
+        return (*grads, *[None] * 5)
 
 
 def _sum_over_processes(group: dist.ProcessGroup | None, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -219,11 +152,8 @@ def _sum_over_processes(group: dist.ProcessGroup | None, *tensors: torch.Tensor)
 
 def _add_across_cuts(
     output: torch.Tensor,
-    value: torch.Tensor,
-    conv_weight: torch.Tensor,
-    key_mask: torch.Tensor | None,
+    call: FocusedArguments,
     rows: tuple[int, ...],
-    grid: tuple[int, int],
     rank: int,
     group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
@@ -231,11 +161,12 @@ def _add_across_cuts(
 
     The convolution is linear in the values, so the local one, with zeros beyond the cuts, lacks exactly this.
     """
-    height, width = grid
+    assert call.grid is not None and call.conv_weight is not None
+    (height, width), value, conv_weight, key_mask = call.grid, call.value, call.conv_weight, call.key_mask
     reach = conv_weight.shape[-1] // 2
-    edges = _edges(value.unflatten(1, grid), reach)
+    edges = _edges(value.unflatten(1, call.grid), reach)
     if key_mask is not None:
-        edges = edges.masked_fill(~_edges(key_mask.unflatten(1, grid), reach)[..., None, None], 0.0)
+        edges = edges.masked_fill(~_edges(key_mask.unflatten(1, call.grid), reach)[..., None, None], 0.0)
     received: torch.Tensor = _Halo.apply(edges, rows, reach, rank, group)
     above = min(sum(rows[:rank]), reach)
     near = min(height, reach)
@@ -280,8 +211,8 @@ class _Halo(torch.autograd.Function):
         return received
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_received: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _refuse(backward_needs_plain_torch())
         sends, receives, _ = ctx.plan
         grad = grad_received.new_zeros(ctx.shape)
         outgoing = [(peer, grad_received[:, start:stop].contiguous()) for peer, start, stop in receives]

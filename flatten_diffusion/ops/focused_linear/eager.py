@@ -7,12 +7,19 @@ is written out for the same reason: it recomputes each block from the inputs ins
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .reference import FEATURE_EPS, NORMALIZER_EPS, HeadMap, OptionalPair, compute_dtype, positive_power
+from .arguments import FocusedArguments, HeadMap
+from .reference import FEATURE_EPS, NORMALIZER_EPS, compute_dtype, positive_power
+
+OptionalPair = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Gradients of two parameters that may be absent."""
+AddUp = Callable[..., Sequence[torch.Tensor]]
+"""Each of its tensors, summed over the processes that hold the tokens of one image."""
 
 CPU_BLOCK_ELEMENTS = 1 << 18
 """Entries of [tokens, heads * head_dim] per thread and block: 1 MiB of float32, about a core's second-level cache."""
@@ -56,62 +63,43 @@ class _Map(NamedTuple):
 
 
 def forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: torch.Tensor | None,
-    query_map: HeadMap | None,
-    key_map: HeadMap | None,
-    conv_weight: torch.Tensor | None,
-    conv_bias: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    power: float,
-    grid: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output [B, N, H, D], state mean(f(k)^T v) [B, H, D, D] and mean key [B, H, D] in the compute dtype."""
-    count = key_count(key, key_mask)
-    state, mean_key = key_state(key, value, scale, key_map, key_mask, count, power)
-    output = query_output(
-        query, value, scale, query_map, conv_weight, conv_bias, key_mask, count, state, mean_key, power, grid
-    )
-    return output, state, mean_key
+    call: FocusedArguments, add_up: AddUp | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output [B, N, H, D], state mean(f(k)^T v) [B, H, D, D], mean key [B, H, D] and number of keys [B], the last
+    three in the compute dtype and over the keys of all processes that `add_up` reaches.
+    """
+    count = key_count(call.key, call.key_mask)
+    if add_up is None:
+        state, mean_key = _key_state(call, count)
+    else:
+        state, mean_key, count = add_up(*_key_state(call, torch.ones_like(count)), count)
+        divisor = count.clamp(min=1)[:, None, None]
+        state, mean_key = state / divisor[..., None], mean_key / divisor
+    return _query_output(call, count, state, mean_key), state, mean_key, count
 
 
 def backward(
+    call: FocusedArguments,
     grad_output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: torch.Tensor | None,
-    query_map: HeadMap | None,
-    key_map: HeadMap | None,
-    conv_weight: torch.Tensor | None,
-    conv_bias: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
     state: torch.Tensor,
     mean_key: torch.Tensor,
-    power: float,
-    grid: tuple[int, int],
-    weight_needs_grad: bool,
+    count: torch.Tensor | None = None,
+    add_up: AddUp | None = None,
+    weight_needs_grad: bool = True,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of query, key, value, scale, the maps' weights and biases, conv_weight and conv_bias, from the inputs
-    and what `forward` returned.
+    """Gradients of the flat arguments before the mask, from them and what `forward` returned; those of parameters are
+    this process's share.
     """
-    count = key_count(key, key_mask)
-    grad_scale = None if scale is None else torch.zeros_like(scale, dtype=state.dtype)
-    grad_query, grad_query_map, grad_state, grad_mean = query_backward(
-        grad_output, query, scale, query_map, state, mean_key, grad_scale, power
-    )
-    grad_key, grad_key_map, grad_value = key_backward(
-        key, value, scale, key_map, key_mask, count, grad_state, grad_mean, grad_scale, power
-    )
+    count = key_count(call.key, call.key_mask) if count is None else count
+    grad_scale = None if call.scale is None else torch.zeros_like(call.scale, dtype=state.dtype)
+    grad_query, grad_query_map, *grads = _query_backward(call, grad_output, state, mean_key, grad_scale)
+    grad_state, grad_mean = grads if add_up is None else add_up(*grads)
+    grad_key, grad_key_map, grad_value = _key_backward(call, count, grad_state, grad_mean, grad_scale)
     grad_weight = grad_bias = None
-    if conv_weight is not None:
-        grad_weight, grad_bias = convolution_backward(
-            grad_output, value, conv_weight, conv_bias, key_mask, count, grid, grad_value, weight_needs_grad
-        )
-    if scale is not None and grad_scale is not None:
-        grad_scale = grad_scale.to(scale.dtype)
+    if call.conv_weight is not None:
+        grad_weight, grad_bias = _convolution_backward(call, grad_output, count, grad_value, weight_needs_grad)
+    if call.scale is not None and grad_scale is not None:
+        grad_scale = grad_scale.to(call.scale.dtype)
     return (
         grad_query, grad_key, grad_value, grad_scale, *grad_query_map, *grad_key_map, grad_weight, grad_bias
     )  # fmt: skip
@@ -125,65 +113,49 @@ def key_count(key: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
     return key_mask.sum(dim=1, dtype=dtype)
 
 
-def key_state(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: torch.Tensor | None,
-    key_map: HeadMap | None,
-    key_mask: torch.Tensor | None,
-    count: torch.Tensor,
-    power: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _key_state(call: FocusedArguments, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of f(k)^T v [B, H, D, D] and f(k) [B, H, D] over the keys given, divided by `count` [B]."""
+    key, key_mask = call.key, call.key_mask
     batch, _, heads, head_dim = key.shape
-    entry = _entry(scale, key_map, count.dtype)
+    entry = _entry(call.scale, call.key_map, count.dtype)
     state = key.new_zeros((batch, heads, head_dim, head_dim), dtype=count.dtype)
     mean_key = key.new_zeros((batch, heads, head_dim), dtype=count.dtype)
     for sample in range(batch):
         weights = _key_weights(key, key_mask, count, sample)
         for start, stop in token_blocks(key):
-            mapped = _map(key[sample, start:stop], entry, power, _keep(key_mask, sample, start, stop))
+            keep = _keep(key_mask, sample, start, stop)
+            mapped = _map(key[sample, start:stop], entry, call.focusing_factor, keep)
             weighted = mapped.powered.mul_(mapped.ratio * weights[start:stop])
-            values = kept_tokens(value, key_mask, sample, start, stop)
+            values = kept_tokens(call.value, key_mask, sample, start, stop)
             state[sample].baddbmm_(_by_head(weighted, heads).transpose(1, 2), values.transpose(0, 1))
             mean_key[sample] += weighted.sum(dim=0).view(heads, head_dim)
     return state, mean_key
 
 
-def query_output(
-    query: torch.Tensor,
-    value: torch.Tensor,
-    scale: torch.Tensor | None,
-    query_map: HeadMap | None,
-    conv_weight: torch.Tensor | None,
-    conv_bias: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    count: torch.Tensor,
-    state: torch.Tensor,
-    mean_key: torch.Tensor,
-    power: float,
-    grid: tuple[int, int],
+def _query_output(
+    call: FocusedArguments, count: torch.Tensor, state: torch.Tensor, mean_key: torch.Tensor
 ) -> torch.Tensor:
     """Output [B, N, H, D] of queries against a finished state; samples whose `count` is 0 get no bias."""
-    batch, tokens, heads, head_dim = query.shape
+    query = call.query
+    heads, head_dim = query.shape[2:]
     dtype = state.dtype
-    entry = _entry(scale, query_map, dtype)
-    kernel = None if conv_weight is None else conv_weight.to(dtype)
-    bias = None if conv_bias is None else conv_bias.to(dtype)
-    output = query.new_empty((batch, tokens, heads, head_dim))
-    row = 1 if kernel is None else grid[1]
-    for sample in range(batch):
+    entry = _entry(call.scale, call.query_map, dtype)
+    kernel = None if call.conv_weight is None else call.conv_weight.to(dtype)
+    bias = None if call.conv_bias is None else call.conv_bias.to(dtype)
+    output = query.new_empty(query.shape)
+    row = 1 if call.grid is None else call.grid[1]
+    for sample in range(len(query)):
         sample_bias = bias
-        if bias is not None and key_mask is not None:
+        if bias is not None and call.key_mask is not None:
             sample_bias = bias * (count[sample] > 0)
         for start, stop in token_blocks(query, row):
-            mapped = _map(query[sample, start:stop], entry, power)
+            mapped = _map(query[sample, start:stop], entry, call.focusing_factor)
             # The normaliser divides the features, not the product, which then needs no pass of its own.
             features = mapped.powered.view(-1, heads, head_dim)
             features.mul_(_normalizer(mapped, mean_key[sample]).reciprocal_())
             block = output[sample, start:stop]
             if kernel is not None:
-                rows = _stripe(value, key_mask, sample, start // row, stop // row, grid, kernel.shape[-1])
+                rows = _stripe(call.value, call, sample, start // row, stop // row)
                 attended = _convolve(rows, kernel, sample_bias).view(block.shape)
                 attended.transpose(0, 1).baddbmm_(features.transpose(0, 1), state[sample])
             else:
@@ -193,116 +165,100 @@ def query_output(
     return output
 
 
-def query_backward(
+def _query_backward(
+    call: FocusedArguments,
     grad_output: torch.Tensor,
-    query: torch.Tensor,
-    scale: torch.Tensor | None,
-    query_map: HeadMap | None,
     state: torch.Tensor,
     mean_key: torch.Tensor,
     grad_scale: torch.Tensor | None,
-    power: float,
 ) -> tuple[torch.Tensor, OptionalPair, torch.Tensor, torch.Tensor]:
     """Gradients of query [B, N, H, D], its map, state and mean key from these queries; adds into `grad_scale` [C]."""
-    batch, _, heads, _ = query.shape
-    dtype = state.dtype
-    entry = _entry(scale, query_map, dtype)
+    query, dtype = call.query, state.dtype
+    entry = _entry(call.scale, call.query_map, dtype)
     grads = _zero_gradients(entry, grad_scale)
     grad_query = query.new_empty(query.shape)
     grad_state = torch.zeros_like(state)
     grad_mean = torch.zeros_like(mean_key)
-    for sample in range(batch):
+    for sample in range(len(query)):
         for start, stop in token_blocks(query):
-            mapped = _map(query[sample, start:stop], entry, power)
-            product, normalizer = _attend(mapped, state[sample], mean_key[sample])
+            rows = query[sample, start:stop]
+            mapped = _map(rows, entry, call.focusing_factor)
+            by_head = _by_head(mapped.powered, query.shape[2])
+            product, normalizer = torch.bmm(by_head, state[sample]), _normalizer(mapped, mean_key[sample])
             # Both were divided by the query's ratio, so the ratio cancels in everything but the query's own gradient.
             grad = grad_output[sample, start:stop].to(dtype) / normalizer  # [n, H, D]
             along = (grad * product.transpose(0, 1)).sum(dim=-1, keepdim=True).div_(normalizer)  # [n, H, 1]
-            by_head = _by_head(mapped.powered, heads)
             grad_state[sample].baddbmm_(by_head.transpose(1, 2), grad.transpose(0, 1))
             grad_mean[sample].unsqueeze(-1).baddbmm_(by_head.transpose(1, 2), along.transpose(0, 1), alpha=-1)
             grad_map = _to_tokens(torch.bmm(grad.transpose(0, 1), state[sample].transpose(1, 2)))
             grad_map.view_as(grad).addcmul_(along, mean_key[sample], value=-1)
             grad_map.div_(mapped.ratio)
-            grad_query[sample, start:stop] = _map_backward(
-                mapped, grad_map, query[sample, start:stop], entry, grads, power
-            )
-    return grad_query, _map_gradients(entry, grads, query_map), grad_state, grad_mean
+            grad_query[sample, start:stop] = _map_backward(mapped, grad_map, rows, entry, grads, call.focusing_factor)
+    return grad_query, _map_gradients(entry, grads, call.query_map), grad_state, grad_mean
 
 
-def key_backward(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: torch.Tensor | None,
-    key_map: HeadMap | None,
-    key_mask: torch.Tensor | None,
+def _key_backward(
+    call: FocusedArguments,
     count: torch.Tensor,
     grad_state: torch.Tensor,
     grad_mean: torch.Tensor,
     grad_scale: torch.Tensor | None,
-    power: float,
 ) -> tuple[torch.Tensor, OptionalPair, torch.Tensor]:
     """Gradients of key, its map and value [B, M, H, D], the convolution left out; adds into `grad_scale` [C]."""
-    batch, _, heads, _ = key.shape
-    entry = _entry(scale, key_map, count.dtype)
+    key, value, key_mask, power = call.key, call.value, call.key_mask, call.focusing_factor
+    entry = _entry(call.scale, call.key_map, count.dtype)
     grads = _zero_gradients(entry, grad_scale)
     grad_key = key.new_empty(key.shape)
     grad_value = value.new_empty(value.shape)
-    for sample in range(batch):
+    for sample in range(len(key)):
         weights = _key_weights(key, key_mask, count, sample)
         for start, stop in token_blocks(key):
-            keep = _keep(key_mask, sample, start, stop)
-            mapped = _map(key[sample, start:stop], entry, power, keep)
+            rows, keep = key[sample, start:stop], _keep(key_mask, sample, start, stop)
+            mapped = _map(rows, entry, power, keep)
             values = kept_tokens(value, key_mask, sample, start, stop)
             grad_map = _to_tokens(torch.bmm(values.transpose(0, 1), grad_state[sample].transpose(1, 2)))
             grad_map.view_as(values).add_(grad_mean[sample])
             grad_map.mul_(weights[start:stop])
-            by_head = _by_head(mapped.powered * (mapped.ratio * weights[start:stop]), heads)
+            by_head = _by_head(mapped.powered * (mapped.ratio * weights[start:stop]), key.shape[2])
             grad_value[sample, start:stop] = torch.bmm(by_head, grad_state[sample]).transpose(0, 1)
-            grad_key[sample, start:stop] = _map_backward(
-                mapped, grad_map, key[sample, start:stop], entry, grads, power, keep
-            )
-    return grad_key, _map_gradients(entry, grads, key_map), grad_value
+            grad_key[sample, start:stop] = _map_backward(mapped, grad_map, rows, entry, grads, power, keep)
+    return grad_key, _map_gradients(entry, grads, call.key_map), grad_value
 
 
-def convolution_backward(
+def _convolution_backward(
+    call: FocusedArguments,
     grad_output: torch.Tensor,
-    value: torch.Tensor,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
     count: torch.Tensor,
-    grid: tuple[int, int],
     grad_value: torch.Tensor,
     weight_needs_grad: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Adds the convolution's part to `grad_value` in place; returns the gradients of its weight and bias."""
+    assert call.conv_weight is not None and call.grid is not None
+    value, key_mask, row = call.value, call.key_mask, call.grid[1]
     heads, head_dim = value.shape[2:]
     dtype = compute_dtype(value.dtype)
-    row = grid[1]
-    kernel = conv_weight.to(dtype)
+    kernel = call.conv_weight.to(dtype)
     flipped = kernel.flip(-2, -1)
+    unmasked = call._replace(key_mask=None)  # queries never are, so neither is the output's gradient
     grad_kernel = torch.zeros_like(kernel)
     grad_bias = value.new_zeros((heads, head_dim), dtype=dtype)
-    for sample in range(value.shape[0]):
+    for sample in range(len(value)):
         for start, stop in token_blocks(value, row):
             first, last = start // row, stop // row
-            grads = _stripe(grad_output, None, sample, first, last, grid, kernel.shape[-1])
-            backed = _convolve(grads, flipped, None).view(stop - start, heads, head_dim)
-            if key_mask is not None:
-                backed.masked_fill_(~key_mask[sample, start:stop, None, None], 0.0)
+            backed = _convolve(_stripe(grad_output, unmasked, sample, first, last), flipped, None)
+            backed = _kept(backed.view(stop - start, heads, head_dim), _keep(key_mask, sample, start, stop))
             grad_value[sample, start:stop] += backed
             own = grad_output[sample, start:stop].to(dtype)
             if weight_needs_grad:
-                rows = _stripe(value, key_mask, sample, first, last, grid, kernel.shape[-1])
+                rows = _stripe(value, call, sample, first, last)
                 grad_kernel += torch.ops.aten.convolution_backward(
                     own.reshape(1, last - first, row, -1).permute(0, 3, 1, 2), rows, kernel, None, [1, 1],
                     [0, kernel.shape[-1] // 2], [1, 1], False, [0, 0], kernel.shape[0], [False, True, False],
                 )[1]  # fmt: skip
             part = own.sum(dim=0)
             grad_bias += part if key_mask is None else part * (count[sample] > 0)
-    grad_weight = grad_kernel.to(conv_weight.dtype)
-    return grad_weight, None if conv_bias is None else grad_bias.flatten().to(conv_bias.dtype)
+    grad_weight, bias = grad_kernel.to(call.conv_weight.dtype), call.conv_bias
+    return grad_weight, None if bias is None else grad_bias.flatten().to(bias.dtype)
 
 
 def _entry(scale: torch.Tensor | None, head_map: HeadMap | None, dtype: torch.dtype) -> _Entry:
@@ -406,14 +362,6 @@ def _entry_backward(
     return torch.bmm(by_head, entry.weight.transpose(1, 2)).transpose(0, 1)
 
 
-def _attend(mapped: _Map, state: torch.Tensor, mean_key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Products with the state [H, n, D] and normalisers [n, H, 1], both divided by the query's ratio.
-
-    The ratio of a query cancels between the two, all but its share of the normaliser's epsilon.
-    """
-    return torch.bmm(_by_head(mapped.powered, mean_key.shape[0]), state), _normalizer(mapped, mean_key)
-
-
 def _normalizer(mapped: _Map, mean_key: torch.Tensor) -> torch.Tensor:
     """[n, H, 1], divided by the query's ratio."""
     normalizer = (mapped.powered.view(-1, *mean_key.shape) * mean_key).sum(dim=-1, keepdim=True)
@@ -443,20 +391,14 @@ def _kept(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     return x if keep is None else x.masked_fill(~keep[:, None, None], 0.0)
 
 
-def _stripe(
-    value: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    sample: int,
-    first: int,
-    last: int,
-    grid: tuple[int, int],
-    kernel_size: int,
-) -> torch.Tensor:
-    """Grid rows first..last with their neighbours above and below, zero outside: [1, C, rows, w] in channels-last."""
-    height, width = grid
-    pad = kernel_size // 2
+def _stripe(x: torch.Tensor, call: FocusedArguments, sample: int, first: int, last: int) -> torch.Tensor:
+    """Grid rows first..last of x [B, N, H, D] with their neighbours above and below, zero outside: [1, C, rows, w] in
+    channels-last."""
+    assert call.grid is not None and call.conv_weight is not None
+    height, width = call.grid
+    pad = call.conv_weight.shape[-1] // 2
     top, bottom = max(first - pad, 0), min(last + pad, height)
-    rows = kept_tokens(value, key_mask, sample, top * width, bottom * width).reshape(1, bottom - top, width, -1)
+    rows = kept_tokens(x, call.key_mask, sample, top * width, bottom * width).reshape(1, bottom - top, width, -1)
     above, below = top - (first - pad), last + pad - bottom
     if above or below:
         rows = F.pad(rows, (0, 0, 0, 0, above, below))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .arguments import FocusedArguments, HeadMap
+
 FEATURE_EPS = 1e-6
 """Added after the relu, so that no token maps to the zero vector."""
 NORMALIZER_EPS = 1e-6
 """Added to query . mean(key) before its reciprocal is taken."""
 
-HeadMap = tuple[torch.Tensor, torch.Tensor]
-"""weight [H, D, D] and bias [H, D] of an affine map of every head, x @ weight + bias."""
-OptionalPair = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Gradients of two parameters that may be absent."""
+__all__ = ["HeadMap", "compute_dtype", "depthwise_convolution", "focused_feature_map", "map_heads"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,11 +28,6 @@ def positive_power(x: torch.Tensor, factor: float) -> torch.Tensor:
         half = positive_power(x, int(factor) // 2)
         return half * half * x if int(factor) % 2 else half * half
     return x.pow(factor)
-
-
-def head_map_of(weight: torch.Tensor | None, bias: torch.Tensor | None) -> HeadMap | None:
-    """The map of a weight and a bias that are both there or both absent."""
-    return None if weight is None or bias is None else (weight, bias)
 
 
 def map_heads(x: torch.Tensor, head_map: HeadMap | None) -> torch.Tensor:
@@ -73,13 +67,6 @@ def focused_feature_map(
     return powered * (peak * length / powered_length)
 
 
-def of_every_head(parameter: torch.Tensor | None, channels: int) -> torch.Tensor | None:
-    """A parameter of the convolution with a row per channel of all heads, [H * D, ...]; [D, ...] serves every head."""
-    if parameter is None or parameter.shape[0] == channels:
-        return parameter
-    return parameter.repeat(channels // parameter.shape[0], *[1] * (parameter.dim() - 1))
-
-
 def depthwise_convolution(
     value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, grid: tuple[int, int]
 ) -> torch.Tensor:
@@ -96,20 +83,9 @@ def depthwise_convolution(
     return convolved.reshape(batch, heads, head_dim, tokens).permute(0, 3, 1, 2)
 
 
-def focused_linear_attention_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    focusing_factor: float,
-    scale: torch.Tensor | None,
-    query_map: HeadMap | None,
-    key_map: HeadMap | None,
-    conv_weight: torch.Tensor | None,
-    conv_bias: torch.Tensor | None,
-    grid: tuple[int, int] | None,
-    key_mask: torch.Tensor | None,
-) -> torch.Tensor:
+def forward(call: FocusedArguments) -> torch.Tensor:
     """See `focused_linear_attention`; arguments are already checked."""
+    key, value, key_mask = call.key, call.value, call.key_mask
     dtype = compute_dtype(value.dtype)
     values = value.to(dtype)
     if key_mask is not None:
@@ -117,24 +93,26 @@ def focused_linear_attention_reference(
         keep = key_mask[:, :, None, None]
         key = key.masked_fill(~keep, 0.0)
         values = values.masked_fill(~keep, 0.0)
-    mapped_query = focused_feature_map(map_heads(query.to(dtype), query_map), focusing_factor, scale)
-    mapped_key = focused_feature_map(map_heads(key.to(dtype), key_map), focusing_factor, scale)
+    mapped_query = focused_feature_map(
+        map_heads(call.query.to(dtype), call.query_map), call.focusing_factor, call.scale
+    )
+    mapped_key = focused_feature_map(map_heads(key.to(dtype), call.key_map), call.focusing_factor, call.scale)
     if key_mask is None:
-        count: torch.Tensor | float = float(key.shape[1])
+        count: torch.Tensor | int = key.shape[1]
     else:
         mapped_key = mapped_key * keep
         count = key_mask.sum(dim=1).clamp(min=1).to(dtype)[:, None, None]
 
     mean_key = mapped_key.sum(dim=1) / count  # [B, H, D]
     state = torch.einsum("bmhd,bmhe->bhde", mapped_key, values) / (
-        count if isinstance(count, float) else count[..., None]
+        count[..., None] if isinstance(count, torch.Tensor) else count
     )
     normalizer = torch.einsum("bnhd,bhd->bnh", mapped_query, mean_key) + NORMALIZER_EPS
     output = torch.einsum("bnhd,bhde->bnhe", mapped_query, state) / normalizer[..., None]
 
-    if conv_weight is not None:
-        assert grid is not None
-        local = depthwise_convolution(values, conv_weight, conv_bias, grid)
+    if call.conv_weight is not None:
+        assert call.grid is not None
+        local = depthwise_convolution(values, call.conv_weight, call.conv_bias, call.grid)
         if key_mask is not None:
             local = local * key_mask.any(dim=1)[:, None, None, None]
         output = output + local

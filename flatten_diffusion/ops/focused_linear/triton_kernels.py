@@ -74,23 +74,11 @@ def _load_map(
 
 @triton.jit
 def _mapped_features(
-    x_ptr,
-    scale_ptr,
-    weight,
-    bias,
-    tokens,
-    live,
-    head,
-    HAS_MAP: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SN: tl.constexpr,
-    SH: tl.constexpr,
-    SD: tl.constexpr,
-):
+    x_ptr, scale_ptr,
+    weight, bias, tokens, live, head,
+    HAS_MAP: tl.constexpr, HAS_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SN: tl.constexpr, SH: tl.constexpr, SD: tl.constexpr,
+):  # fmt: skip
     """u [n, D] of one head's tokens behind its map, where there is one."""
     x = _load_tile(x_ptr, tokens, live, head, 0, HEAD_DIM, BLOCK_D, SN, SH, SD)
     if HAS_MAP:
@@ -100,18 +88,11 @@ def _mapped_features(
 
 @triton.jit
 def _features(
-    x_ptr,
-    scale_ptr,
-    tokens,
-    live,
-    head,
-    HAS_SCALE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SN: tl.constexpr,
-    SH: tl.constexpr,
+    x_ptr, scale_ptr,
+    tokens, live, head,
+    HAS_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SN: tl.constexpr, SH: tl.constexpr,
     SD: tl.constexpr,
-):
+):  # fmt: skip
     """(u [n, D], x > 0) of one head's tokens."""
     x = _load_tile(x_ptr, tokens, live, head, 0, HEAD_DIM, BLOCK_D, SN, SH, SD).to(tl.float32)
     return _rectified(x, scale_ptr, head, HAS_SCALE, HEAD_DIM, BLOCK_D), x > 0
@@ -119,25 +100,11 @@ def _features(
 
 @triton.jit
 def _token_lengths(
-    x_ptr,
-    scale_ptr,
-    map_weight_ptr,
-    map_bias_ptr,
-    tokens,
-    live,
-    heads,
-    power,
-    WHOLE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_MAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SN: tl.constexpr,
-    SH: tl.constexpr,
-    SD: tl.constexpr,
-):
+    x_ptr, scale_ptr, map_weight_ptr, map_bias_ptr,
+    tokens, live, heads, power,
+    WHOLE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SN: tl.constexpr, SH: tl.constexpr, SD: tl.constexpr,
+):  # fmt: skip
     """(1 / peak, n1, n2) of tokens over all their heads, in one pass: sums shrink whenever the peak grows."""
     peak = tl.zeros([BLOCK_N], tl.float32)
     sum_1 = tl.zeros([BLOCK_N], tl.float32)
@@ -181,16 +148,9 @@ def _key_is_live(key_mask_ptr, batch, length, tokens, end, HAS_MASK: tl.constexp
 @triton.jit
 def _load_tile(
     x_ptr,
-    tokens,
-    live,
-    head,
-    first,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    SN: tl.constexpr,
-    SH: tl.constexpr,
-    SD: tl.constexpr,
-):
+    tokens, live, head, first,
+    HEAD_DIM: tl.constexpr, BLOCK_E: tl.constexpr, SN: tl.constexpr, SH: tl.constexpr, SD: tl.constexpr,
+):  # fmt: skip
     """Channels first .. first + BLOCK_E of one head's tokens, [n, BLOCK_E]; 0 where not live."""
     channels = first + tl.arange(0, BLOCK_E)
     offsets = tokens[:, None].to(tl.int64) * SN + head * SH + channels[None, :] * SD
@@ -220,26 +180,11 @@ def _load_vector(ptr, batch_head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr)
 
 @triton.jit
 def _convolve(
-    x_ptr,
-    weight_ptr,
-    key_mask_ptr,
-    batch,
-    tokens,
-    length,
-    head,
-    height,
-    width,
-    first: tl.constexpr,
-    FLIP: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    KERNEL: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    SN: tl.constexpr,
-    SH: tl.constexpr,
-    SD: tl.constexpr,
-):
+    x_ptr, weight_ptr, key_mask_ptr,
+    batch, tokens, length, head, height, width,
+    first: tl.constexpr, FLIP: tl.constexpr, HAS_MASK: tl.constexpr, KERNEL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, SN: tl.constexpr, SH: tl.constexpr, SD: tl.constexpr,
+):  # fmt: skip
     """Depthwise convolution around `tokens`, [n, BLOCK_E] in float32; FLIP gives its transpose."""
     reach: tl.constexpr = KERNEL // 2
     channels = first + tl.arange(0, BLOCK_E)
@@ -265,28 +210,13 @@ def _convolve(
 
 @triton.jit
 def statistics_kernel(
-    x_ptr,
-    scale_ptr,
-    key_mask_ptr,
-    lengths_ptr,
-    length,
-    heads,
-    batch_stride,
-    power,
-    map_weight_ptr,
-    map_bias_ptr,
-    WHOLE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_MAP: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SN: tl.constexpr,
-    SH: tl.constexpr,
+    x_ptr, scale_ptr, key_mask_ptr, lengths_ptr,
+    length, heads, batch_stride, power,
+    map_weight_ptr, map_bias_ptr,
+    WHOLE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MAP: tl.constexpr, HAS_MASK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SN: tl.constexpr, SH: tl.constexpr,
     SD: tl.constexpr,
-):
+):  # fmt: skip
     """Per token 1 / peak, n1 and n2, stored as [B, 3, N]."""
     batch = tl.program_id(0)
     tokens = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -303,37 +233,13 @@ def statistics_kernel(
 
 @triton.jit
 def state_kernel(
-    key_ptr,
-    value_ptr,
-    scale_ptr,
-    key_mask_ptr,
-    lengths_ptr,
-    sums_ptr,
-    key_sums_ptr,
-    length,
-    heads,
-    chunk,
-    key_batch_stride,
-    value_batch_stride,
-    power,
-    map_weight_ptr,
-    map_bias_ptr,
-    WHOLE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_MAP: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KN: tl.constexpr,
-    KH: tl.constexpr,
-    KD: tl.constexpr,
-    VN: tl.constexpr,
-    VH: tl.constexpr,
-    VD: tl.constexpr,
-):
+    key_ptr, value_ptr, scale_ptr, key_mask_ptr, lengths_ptr, sums_ptr, key_sums_ptr,
+    length, heads, chunk, key_batch_stride, value_batch_stride, power,
+    map_weight_ptr, map_bias_ptr,
+    WHOLE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MAP: tl.constexpr, HAS_MASK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, KN: tl.constexpr,
+    KH: tl.constexpr, KD: tl.constexpr, VN: tl.constexpr, VH: tl.constexpr, VD: tl.constexpr,
+):  # fmt: skip
     """One chunk of the tokens of one head: sum_m f(k)_d v_e and sum_m f(k)_d, in float32."""
     batch_head = tl.program_id(0)
     split = tl.program_id(1)
@@ -381,21 +287,10 @@ def state_kernel(
 
 @triton.jit
 def reduce_kernel(
-    sums_ptr,
-    vector_sums_ptr,
-    counts_ptr,
-    matrix_ptr,
-    vector_ptr,
-    row_scale_ptr,
-    heads,
-    length,
-    splits,
-    HAS_MASK: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    sums_ptr, vector_sums_ptr, counts_ptr, matrix_ptr, vector_ptr, row_scale_ptr,
+    heads, length, splits,
+    HAS_MASK: tl.constexpr, BACKWARD: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Adds the chunks up in a fixed order.
 
     Forward: T (rows divided by the key sum) and kappa. BACKWARD: the sum with each row divided by its largest entry,
@@ -429,45 +324,15 @@ def reduce_kernel(
 
 @triton.jit
 def query_kernel(
-    query_ptr,
-    value_ptr,
-    scale_ptr,
-    lengths_ptr,
-    means_ptr,
-    kappa_ptr,
-    weight_ptr,
-    bias_ptr,
-    key_mask_ptr,
-    counts_ptr,
+    query_ptr, value_ptr, scale_ptr, lengths_ptr, means_ptr, kappa_ptr, weight_ptr, bias_ptr, key_mask_ptr, counts_ptr,
     output_ptr,
-    length,
-    heads,
-    height,
-    width,
-    query_batch_stride,
-    value_batch_stride,
-    power,
-    map_weight_ptr,
-    map_bias_ptr,
-    WHOLE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_MAP: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    ALL_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
-    QN: tl.constexpr,
-    QH: tl.constexpr,
-    QD: tl.constexpr,
-    VN: tl.constexpr,
-    VH: tl.constexpr,
-    VD: tl.constexpr,
-):
+    length, heads, height, width, query_batch_stride, value_batch_stride, power,
+    map_weight_ptr, map_bias_ptr,
+    WHOLE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MAP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    KERNEL: tl.constexpr, ALL_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, QN: tl.constexpr, QH: tl.constexpr, QD: tl.constexpr,
+    VN: tl.constexpr, VH: tl.constexpr, VD: tl.constexpr,
+):  # fmt: skip
     """a T and the convolution. ALL_HEADS: one program takes every head of its tokens and finds their lengths itself."""
     tokens = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = tokens < length
@@ -523,36 +388,13 @@ def query_kernel(
 
 @triton.jit
 def query_sums_kernel(
-    query_ptr,
-    grad_ptr,
-    scale_ptr,
-    lengths_ptr,
-    means_ptr,
-    kappa_ptr,
-    sums_ptr,
-    vector_sums_ptr,
-    along_ptr,
+    query_ptr, grad_ptr, scale_ptr, lengths_ptr, means_ptr, kappa_ptr, sums_ptr, vector_sums_ptr, along_ptr,
     projected_ptr,
-    length,
-    heads,
-    chunk,
-    query_batch_stride,
-    grad_batch_stride,
-    power,
-    WHOLE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
-    QN: tl.constexpr,
-    QH: tl.constexpr,
-    QD: tl.constexpr,
-    GN: tl.constexpr,
-    GH: tl.constexpr,
-    GD: tl.constexpr,
-):
+    length, heads, chunk, query_batch_stride, grad_batch_stride, power,
+    WHOLE: tl.constexpr, HAS_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, QN: tl.constexpr, QH: tl.constexpr, QD: tl.constexpr,
+    GN: tl.constexpr, GH: tl.constexpr, GD: tl.constexpr,
+):  # fmt: skip
     """Backward over a chunk of queries with y = a T and g its gradient: P_de = sum_n a_d g_e, p_d = sum_n a_d (g . y).
 
     Also per token and head g . y, and what the head adds to grad f(q) . f(q), which is (g . y) (1 - sum_d a_d).
@@ -623,22 +465,11 @@ def _sum_over_heads(ptr, batch, heads, length, tokens, live, BLOCK_N: tl.constex
 
 @triton.jit
 def _store_input_gradient(
-    grad_u,
-    u,
-    positive,
-    scale_ptr,
-    output_ptr,
-    batch,
-    length,
-    heads,
-    head,
-    tokens,
-    live,
-    written,
-    HAS_SCALE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    grad_u, u, positive,
+    scale_ptr, output_ptr,
+    batch, length, heads, head, tokens, live, written,
+    HAS_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Writes the gradient of x (zero where not live) and returns that of scale, summed over the tokens."""
     channels = tl.arange(0, BLOCK_D)
     inside = channels < HEAD_DIM
@@ -656,36 +487,13 @@ def _store_input_gradient(
 
 @triton.jit
 def query_gradient_kernel(
-    query_ptr,
-    grad_ptr,
-    scale_ptr,
-    lengths_ptr,
-    means_ptr,
-    kappa_ptr,
-    along_ptr,
-    projected_ptr,
-    output_ptr,
+    query_ptr, grad_ptr, scale_ptr, lengths_ptr, means_ptr, kappa_ptr, along_ptr, projected_ptr, output_ptr,
     scale_sums_ptr,
-    length,
-    heads,
-    chunk,
-    query_batch_stride,
-    grad_batch_stride,
-    power,
-    WHOLE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
-    QN: tl.constexpr,
-    QH: tl.constexpr,
-    QD: tl.constexpr,
-    GN: tl.constexpr,
-    GH: tl.constexpr,
-    GD: tl.constexpr,
-):
+    length, heads, chunk, query_batch_stride, grad_batch_stride, power,
+    WHOLE: tl.constexpr, HAS_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, QN: tl.constexpr, QH: tl.constexpr, QD: tl.constexpr,
+    GN: tl.constexpr, GH: tl.constexpr, GD: tl.constexpr,
+):  # fmt: skip
     """Gradient of the query: grad f(q)_d = kappa_d (sum_e T_de g_e - g . y) / (ratio Z), then back through the map."""
     batch_head = tl.program_id(0)
     split = tl.program_id(1)
@@ -725,24 +533,11 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_map_gradient(
-    value_ptr,
-    sums_ptr,
-    batch_head,
-    head,
-    tokens,
-    live,
-    row_scale,
-    vector,
-    inverse_kappa,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
-    VN: tl.constexpr,
-    VH: tl.constexpr,
-    VD: tl.constexpr,
-):
+    value_ptr, sums_ptr,
+    batch_head, head, tokens, live, row_scale, vector, inverse_kappa,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, VN: tl.constexpr, VH: tl.constexpr, VD: tl.constexpr,
+):  # fmt: skip
     """grad f(k)_d = (sum_e P_de v_e - p_d) / (kappa_d count)."""
     turned = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first in tl.static_range(0, HEAD_DIM, BLOCK_E):
@@ -768,37 +563,13 @@ def _inverse_kappa(
 
 @triton.jit
 def key_along_kernel(
-    key_ptr,
-    value_ptr,
-    scale_ptr,
-    key_mask_ptr,
-    counts_ptr,
-    lengths_ptr,
-    kappa_ptr,
-    sums_ptr,
-    row_scale_ptr,
-    vector_ptr,
-    along_ptr,
-    length,
-    heads,
-    key_batch_stride,
-    value_batch_stride,
-    power,
-    WHOLE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KN: tl.constexpr,
-    KH: tl.constexpr,
-    KD: tl.constexpr,
-    VN: tl.constexpr,
-    VH: tl.constexpr,
-    VD: tl.constexpr,
-):
+    key_ptr, value_ptr, scale_ptr, key_mask_ptr, counts_ptr, lengths_ptr, kappa_ptr, sums_ptr, row_scale_ptr,
+    vector_ptr, along_ptr,
+    length, heads, key_batch_stride, value_batch_stride, power,
+    WHOLE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, KN: tl.constexpr, KH: tl.constexpr,
+    KD: tl.constexpr, VN: tl.constexpr, VH: tl.constexpr, VD: tl.constexpr,
+):  # fmt: skip
     """Per key and head what it adds to grad f(k) . f(k): the map's lengths run over all heads."""
     tokens = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     batch_head = tl.program_id(0)
@@ -823,50 +594,14 @@ def key_along_kernel(
 
 @triton.jit
 def key_gradient_kernel(
-    key_ptr,
-    value_ptr,
-    grad_ptr,
-    scale_ptr,
-    key_mask_ptr,
-    counts_ptr,
-    lengths_ptr,
-    kappa_ptr,
-    sums_ptr,
-    row_scale_ptr,
-    vector_ptr,
-    along_ptr,
-    weight_ptr,
-    grad_key_ptr,
-    grad_value_ptr,
-    scale_sums_ptr,
-    length,
-    heads,
-    chunk,
-    height,
-    width,
-    key_batch_stride,
-    value_batch_stride,
-    grad_batch_stride,
-    power,
-    WHOLE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    KERNEL: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KN: tl.constexpr,
-    KH: tl.constexpr,
-    KD: tl.constexpr,
-    VN: tl.constexpr,
-    VH: tl.constexpr,
-    VD: tl.constexpr,
-    GN: tl.constexpr,
-    GH: tl.constexpr,
-    GD: tl.constexpr,
-):
+    key_ptr, value_ptr, grad_ptr, scale_ptr, key_mask_ptr, counts_ptr, lengths_ptr, kappa_ptr, sums_ptr, row_scale_ptr,
+    vector_ptr, along_ptr, weight_ptr, grad_key_ptr, grad_value_ptr, scale_sums_ptr,
+    length, heads, chunk, height, width, key_batch_stride, value_batch_stride, grad_batch_stride, power,
+    WHOLE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr, KERNEL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, KN: tl.constexpr,
+    KH: tl.constexpr, KD: tl.constexpr, VN: tl.constexpr, VH: tl.constexpr, VD: tl.constexpr, GN: tl.constexpr,
+    GH: tl.constexpr, GD: tl.constexpr,
+):  # fmt: skip
     """Gradients of key and value: grad v_e = sum_d b_d P_de, b_d = f(k)_d / (kappa_d count), plus the convolution's."""
     batch_head = tl.program_id(0)
     split = tl.program_id(1)
@@ -924,30 +659,12 @@ def key_gradient_kernel(
 
 @triton.jit
 def weight_gradient_kernel(
-    value_ptr,
-    grad_ptr,
-    key_mask_ptr,
-    sums_ptr,
-    length,
-    heads,
-    chunk,
-    height,
-    width,
-    value_batch_stride,
-    grad_batch_stride,
-    HAS_MASK: tl.constexpr,
-    KERNEL: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    VN: tl.constexpr,
-    VH: tl.constexpr,
-    VD: tl.constexpr,
-    GN: tl.constexpr,
-    GH: tl.constexpr,
+    value_ptr, grad_ptr, key_mask_ptr, sums_ptr,
+    length, heads, chunk, height, width, value_batch_stride, grad_batch_stride,
+    HAS_MASK: tl.constexpr, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, VN: tl.constexpr, VH: tl.constexpr, VD: tl.constexpr, GN: tl.constexpr, GH: tl.constexpr,
     GD: tl.constexpr,
-):
+):  # fmt: skip
     """One row of the convolution's taps over one chunk of one head: sum_n g_n v_(n + tap), stored as [.., K, K, D]."""
     batch_head = tl.program_id(0)
     split = tl.program_id(1)

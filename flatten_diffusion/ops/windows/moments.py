@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 
 from ..focused_linear.eager import kept_tokens, key_count, token_blocks
-from ..focused_linear.reference import compute_dtype
 
 
 class KeyMoments(NamedTuple):
@@ -18,47 +18,41 @@ class KeyMoments(NamedTuple):
     covariance: torch.Tensor
 
 
-@torch.no_grad()
 def key_moments(key: torch.Tensor, key_mask: torch.Tensor | None) -> KeyMoments:
     """`KeyMoments` of key [B, M, H, D], key_mask bool [B, M] or None; float32 (float64 for float64).
 
     Masked keys may hold anything. A sample without any key has zero moments and counts one.
     """
-    batch, _, heads, head_dim = key.shape
-    dtype = compute_dtype(key.dtype)
-    mean = key.new_zeros((batch, heads, head_dim), dtype=dtype)
-    covariance = key.new_zeros((batch, heads, head_dim, head_dim), dtype=dtype)
     count = key_count(key, key_mask).clamp(min=1)
-    for sample in range(batch):
-        for start, stop in token_blocks(key):
-            mean[sample] += kept_tokens(key, key_mask, sample, start, stop).sum(dim=0)
-        mean[sample] /= count[sample]
-        for start, stop in token_blocks(key):
+    means, covariances = [], []
+    for sample, number in enumerate(count):
+        blocks = token_blocks(key)
+        parts = [kept_tokens(key, key_mask, sample, *block).sum(dim=0) for block in blocks]
+        mean = functools.reduce(torch.add, parts) / number
+        covariance = mean.new_zeros(*mean.shape, mean.shape[1])
+        for start, stop in blocks:
             # Centred before the product: nothing is lost beside a large mean.
-            rows = (kept_tokens(key, key_mask, sample, start, stop) - mean[sample]).transpose(0, 1)
+            rows = (kept_tokens(key, key_mask, sample, start, stop) - mean).transpose(0, 1)
             if key_mask is not None:
                 rows = rows * key_mask[sample, start:stop, None]
-            covariance[sample].baddbmm_(rows.transpose(1, 2), rows)
-        covariance[sample] /= count[sample]
-    return KeyMoments(count, mean, covariance)
+            covariance = torch.baddbmm(covariance, rows.transpose(1, 2), rows)
+        means.append(mean)
+        covariances.append(covariance / number)
+    return KeyMoments(count, torch.stack(means), torch.stack(covariances))
 
 
-@torch.no_grad()
 def score_moments(
     query: torch.Tensor, moments: KeyMoments, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log of the number of keys [B, 1, 1], mean and spread of each query's scores, [B, N, H] each: see
     `flatten_diffusion.mixers.joint.estimate_log_mass`."""
-    batch, tokens, heads, _ = query.shape
     dtype = moments.mean.dtype
     log_count = moments.number.log()
-    average, spread = (query.new_empty((batch, tokens, heads), dtype=dtype) for _ in range(2))
-    for sample in range(batch):
-        for start, stop in token_blocks(query):
-            rows = query[sample, start:stop].to(dtype).transpose(0, 1) * scale
-            parts = moments_of_rows(rows, moments.mean[sample], moments.covariance[sample], log_count[sample])
-            for whole, part in zip((average, spread), parts, strict=True):
-                whole[sample, start:stop] = part.T
+    samples = []
+    for sample, own in enumerate(zip(moments.mean, moments.covariance, log_count, strict=True)):
+        rows = (query[sample, start:stop].to(dtype).transpose(0, 1) * scale for start, stop in token_blocks(query))
+        samples.append(torch.cat([torch.stack(moments_of_rows(part, *own)).transpose(1, 2) for part in rows], dim=1))
+    average, spread = torch.stack(samples, dim=1)  # [B, N, H] each
     return log_count[:, None, None], average, spread
 
 

@@ -15,6 +15,19 @@ Picture = tuple[int, int, int]
 """(frames, height, width) of tokens in row-major order."""
 
 
+class JoinArguments(NamedTuple):
+    """What every way to join windows is given, see `join_windows`."""
+
+    mixed: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    pictures: tuple[Picture, ...]
+    size: int
+    key_mask: torch.Tensor | None
+    scale: float
+
+
 def windows_of(tokens: torch.Tensor, pictures: Sequence[Picture], size: int) -> list[torch.Tensor]:
     """[B, N, ...] -> for each picture [B * windows, tokens of a window, ...]; missing ones at the edges are zero."""
     rest = tokens.shape[2:]

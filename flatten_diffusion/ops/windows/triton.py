@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -14,6 +13,8 @@ import triton.language as tl
 from ..focused_linear.triton import _on as on_device
 from ..focused_linear.triton import _or, _strides, precision
 from ..focused_linear.triton_kernels import _dot, _load_tile, _load_vector
+from .moments import KeyMoments
+from .partition import JoinArguments
 
 MAX_WINDOW_TOKENS = 128
 """Beyond, the scores of a window would not fit the registers."""
@@ -22,51 +23,15 @@ MAX_HEAD_DIM = 128
 
 @triton.jit
 def window_kernel(
-    mixed_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    key_mask_ptr,
-    number_ptr,
-    mean_ptr,
-    covariance_ptr,
-    peak_ptr,
-    gain_ptr,
-    bias_ptr,
-    output_ptr,
-    log_mass_ptr,
-    length,
-    heads,
-    first,
-    height,
-    width,
-    rows,
-    columns,
-    mixed_batch_stride,
-    query_batch_stride,
-    key_batch_stride,
-    value_batch_stride,
-    scale,
-    no_key,
-    HAS_MASK: tl.constexpr,
-    SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MN: tl.constexpr,
-    MH: tl.constexpr,
-    MD: tl.constexpr,
-    QN: tl.constexpr,
-    QH: tl.constexpr,
-    QD: tl.constexpr,
-    KN: tl.constexpr,
-    KH: tl.constexpr,
-    KD: tl.constexpr,
-    VN: tl.constexpr,
-    VH: tl.constexpr,
+    mixed_ptr, query_ptr, key_ptr, value_ptr, key_mask_ptr, number_ptr, mean_ptr, covariance_ptr, peak_ptr, gain_ptr,
+    bias_ptr, output_ptr, log_mass_ptr,
+    length, heads, first, height, width, rows, columns, mixed_batch_stride, query_batch_stride, key_batch_stride,
+    value_batch_stride, scale, no_key,
+    HAS_MASK: tl.constexpr, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, MN: tl.constexpr, MH: tl.constexpr, MD: tl.constexpr, QN: tl.constexpr, QH: tl.constexpr,
+    QD: tl.constexpr, KN: tl.constexpr, KH: tl.constexpr, KD: tl.constexpr, VN: tl.constexpr, VH: tl.constexpr,
     VD: tl.constexpr,
-):
+):  # fmt: skip
     """One window of one head, see `flatten_diffusion.mixers.WindowAttention`; windows of a picture in row-major order,
     frame by frame, the picture's tokens from `first` on."""
     window = tl.program_id(0)
@@ -130,20 +95,10 @@ def fits_kernel(query: torch.Tensor, size: int) -> bool:
 
 
 def join(
-    mixed: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pictures: Sequence[tuple[int, int, int]],
-    size: int,
-    key_mask: torch.Tensor | None,
-    scale: float,
-    gain: torch.Tensor,
-    bias: torch.Tensor,
-    moments: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    no_key: float,
+    call: JoinArguments, gain: torch.Tensor, bias: torch.Tensor, moments: KeyMoments, no_key: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `join_windows`; gain is added to 1 already."""
+    mixed, query, key, value, pictures, size, key_mask, scale = call
     batch, length, heads, head_dim = query.shape
     number, mean, covariance = moments
     # Its largest entry apart, so that it fits any dtype's range.

@@ -1,0 +1,257 @@
+"""The comparison as one HTML file (no network, no other files, readable on a phone), and the plot of speed."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .errors import InputError
+from .metrics.paired import Pair
+from .metrics.quality import LABELS
+
+ORIGINAL = "original"
+CONVERTED = "converted"
+Cell = float | int | str | None
+_STYLE = """
+:root{color-scheme:light dark;--line:#8884;--accent:#0a7d5a}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1100px;padding:1rem;overflow-wrap:anywhere;font:16px/1.5 system-ui,sans-serif}
+h1{font-size:1.5rem;line-height:1.25;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
+.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}
+th,td{padding:.35rem .6rem;border-bottom:1px solid var(--line);text-align:right;font-variant-numeric:tabular-nums}
+th:first-child,td:first-child{text-align:left}
+.warning{border-left:4px solid #c80;padding:.3rem .8rem;margin:.4rem 0}
+.plots img{max-width:100%;height:auto;background:#fff}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1.25rem}
+figure{margin:0}.slide{position:relative;line-height:0;--cut:50%}
+.slide img{width:100%;height:auto;display:block}
+.slide img+img{position:absolute;inset:0;clip-path:inset(0 0 0 var(--cut))}
+.slide::after{content:"";position:absolute;top:0;bottom:0;left:var(--cut);width:2px;background:#fff;
+box-shadow:0 0 3px #000;pointer-events:none}
+.slide input{position:absolute;inset:0;width:100%;height:100%;margin:0;opacity:0;cursor:ew-resize;touch-action:pan-y}
+.slide input:focus-visible{opacity:.4}
+.ends{display:flex;justify-content:space-between;font-size:.8rem;opacity:.75}
+figcaption{font-size:.85rem;overflow-wrap:anywhere}
+pre{overflow-x:auto;font-size:.8rem;padding:.6rem;border:1px solid var(--line)}
+"""
+_SCRIPT = """
+for(const slide of document.querySelectorAll('.slide')){
+const input=slide.querySelector('input');
+input.addEventListener('input',()=>slide.style.setProperty('--cut',input.value+'%'));}
+document.documentElement.dataset.sliders=document.querySelectorAll('.slide input').length;
+"""
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything the report shows. `quality` has the original as its baseline where real images were given.
+
+    Attributes:
+        facts: share of stated facts that hold, by side, for an embedded pipeline.
+        layers: the adapter's report.
+        captions: text per image name.
+    """
+
+    settings: dict[str, Any]
+    quality: dict[str, Any]
+    pairs: list[Pair]
+    paired: dict[str, Any]
+    speed: list[dict[str, Any]]
+    facts: dict[str, float] | None
+    layers: str
+    captions: dict[str, str]
+    environment: dict[str, Any]
+
+
+def summary_rows(comparison: Comparison) -> list[tuple[str, Cell, Cell]]:
+    """(what, original, converted) for the table; None prints as a dash."""
+    quality, paired = comparison.quality, comparison.paired
+    baseline = quality["baseline"] or {}
+    name = f"Fréchet distance ({quality['extractor']['name']})"
+    if not baseline:
+        name += " to the original's images"
+    rows: list[tuple[str, Cell, Cell]] = [("images", baseline.get("count", quality["count"]), quality["count"])]
+    rows.append((name, baseline.get("frechet_distance"), quality["frechet_distance"]))
+    rows += [(label, baseline.get(key), quality[key]) for key, label in LABELS.items() if key in quality]
+    if comparison.facts is not None:
+        rows.append(("stated facts that hold", comparison.facts[ORIGINAL], comparison.facts[CONVERTED]))
+    rows.append(("PSNR to the original, dB", None, paired["psnr"] if paired["psnr"] is not None else "identical"))
+    rows.append(("SSIM to the original", None, paired["ssim"]))
+    rows.append(("LPIPS to the original", None, paired["lpips"] if paired["lpips"] is not None else "not available"))
+    for row in comparison.speed:
+        # SDPA's numbers, and those of the fastest backend of the conversion.
+        linear = [variant for name, variant in row["variants"].items() if name.startswith("linear")]
+        linear.sort(key=lambda variant: variant.get("seconds_per_step") or math.inf)
+        sides = (row["variants"].get("sdpa", {}), linear[0] if linear else {})
+        for label, key, scale in (("seconds per step", "seconds_per_step", 1.0), ("peak MiB", "peak_bytes", 2.0**-20)):
+            values = [side[key] * scale if side.get(key) is not None else side.get("failure") for side in sides]
+            rows.append((f"{label}, {row['width']}x{row['height']}", values[0], values[1]))
+    return rows
+
+
+def worst_first(pairs: list[Pair]) -> list[Pair]:
+    """Pairs by falling LPIPS where it was measured, else by rising SSIM."""
+    return sorted(pairs, key=lambda pair: (-pair.lpips if pair.lpips is not None else pair.ssim, pair.name))
+
+
+def render_report(comparison: Comparison, folder: Path, max_pairs: int) -> str:
+    """The page.
+
+    Args:
+        folder: holds the two folders of images.
+        max_pairs: how many pairs are shown, worst first.
+    """
+    settings = comparison.settings
+    shown = worst_first(comparison.pairs)[:max_pairs]
+    title = f"{settings['pipeline']}: original and converted"
+    made_with = {"settings": settings, "environment": comparison.environment}
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{_text(title)}</h1>",
+        f"<p>Adapter <b>{_text(settings['adapter'])}</b>; same prompts, same noise.</p>",
+        *(f"<p class='warning'>{_text(warning)}</p>" for warning in comparison.quality["warnings"]),
+        "<h2>Summary</h2>",
+        _summary(comparison),
+        _plots(comparison),
+        f"<h2>Pairs, worst first ({len(shown)} of {len(comparison.pairs)})</h2>",
+        "<p>Drag across an image: the original lies left of the line, the converted one right of it.</p>",
+        "<div class='pairs'>",
+        *(_pair(pair, folder, comparison.captions.get(pair.name, "")) for pair in shown),
+        "</div>",
+        "<h2>Settings and versions</h2>",
+        f"<pre>{_text(json.dumps(made_with, indent=2, default=str))}</pre>",
+        "<details><summary>Attention layers</summary>",
+        f"<pre>{_text(comparison.layers)}</pre></details>",
+        f"<script>{_SCRIPT}</script></body></html>",
+    ]
+    return "\n".join(parts)
+
+
+def _summary(comparison: Comparison) -> str:
+    body = "".join(
+        f"<tr><td>{_text(label)}</td><td>{_text(show(original))}</td><td>{_text(show(converted))}</td></tr>"
+        for label, original, converted in summary_rows(comparison)
+    )
+    reason = comparison.paired["lpips_not_available"]
+    note = f"<p><small>LPIPS: {_text(reason)}.</small></p>" if reason else ""
+    return (
+        "<div class='scroll'><table><thead><tr><th></th><th>original</th><th>converted</th></tr></thead>"
+        f"<tbody>{body}</tbody></table></div>{note}"
+    )
+
+
+def show(value: Cell) -> str:
+    """A table cell."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def require_matplotlib() -> None:
+    """Raises InputError before a long run where plots cannot be made."""
+    if find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib; install the eval extra")
+
+
+def _plots(comparison: Comparison) -> str:
+    if find_spec("matplotlib") is None:
+        return "<p>No plots: matplotlib is not installed (extra eval).</p>"
+    plots = [(_pairs_png(comparison.pairs), "SSIM of every pair, sorted")]
+    if comparison.speed:
+        plots.insert(0, (throughput_png(comparison.speed, "Seconds per step"), "Seconds per step against size"))
+    images = "".join(f"<img alt='{_text(label)}' src='{_url('png', data)}'>" for data, label in plots)
+    return f"<h2>Plots</h2><div class='plots'>{images}</div>"
+
+
+def throughput_png(results: Sequence[Mapping[str, Any]], title: str) -> bytes:
+    """A PNG of seconds per step over the side of the image, both logarithmic, one line per variant."""
+    figure, axes = _figure(7, 4.5, "image side (pixels)", "seconds per step")
+    names = {name for row in results for name in row["variants"]}
+    for name in sorted(names, key=lambda name: (not name.startswith("sdpa"), not name.startswith("linear"), name)):
+        points = [
+            (math.sqrt(row["height"] * row["width"]), row["variants"][name]["median"])
+            for row in results
+            if row["variants"].get(name, {}).get("median") is not None
+        ]
+        if points:
+            style = "--" if name.startswith("floor") else "-"
+            width = 2.0 if name.startswith(("linear", "floor")) or name == "sdpa" else 1.0
+            axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, linewidth=width, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    sides = sorted({round(math.sqrt(row["height"] * row["width"])) for row in results})
+    axes.set_xticks(sides, [str(side) for side in sides])
+    axes.set_title(title)
+    axes.legend(fontsize=8)
+    return _png(figure)
+
+
+def _pairs_png(pairs: list[Pair]) -> bytes:
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(7, 3, "pair, worst first", "SSIM")
+    axes.plot(range(1, len(pairs) + 1), sorted(pair.ssim for pair in pairs), marker=".", linewidth=1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _png(figure)
+
+
+def _figure(width: float, height: float, across: str, up: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.grid(True, which="both", alpha=0.25)
+    return figure, axes
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _pair(pair: Pair, folder: Path, caption: str) -> str:
+    original, converted = (_data_url(folder / side / pair.name) for side in (ORIGINAL, CONVERTED))
+    decibels = f"{pair.psnr:.1f} dB" if math.isfinite(pair.psnr) else "identical"
+    numbers = f"SSIM {pair.ssim:.3f} · PSNR {decibels}"
+    if pair.lpips is not None:
+        numbers += f" · LPIPS {pair.lpips:.3f}"
+    return (
+        "<figure><div class='slide'>"
+        f"<img alt='original' src='{original}'><img alt='converted' src='{converted}'>"
+        f"<input type='range' min='0' max='100' value='50' aria-label='{_text(pair.name)}: cut between the two'></div>"
+        "<div class='ends'><span>original</span><span>converted</span></div>"
+        f"<figcaption>{_text(caption)}<br>{numbers}<br><small>{_text(pair.name)}</small></figcaption></figure>"
+    )
+
+
+def _data_url(path: Path) -> str:
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        # The exact PNGs stay in the folder; here the page's size matters.
+        image.convert("RGB").save(buffer, format="JPEG", quality=92, subsampling=0)
+    return _url("jpeg", buffer.getvalue())
+
+
+def _url(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value), quote=True)

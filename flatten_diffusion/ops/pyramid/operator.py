@@ -1,0 +1,258 @@
+"""Softmax over each window's own list of keys: one node for torch, computed in blocks of windows that stay in cache.
+
+All queries of a window share their keys, so that a block is one fused attention of torch with a bias per key. The
+backward pass is written out: it recomputes each block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..focused_linear.eager import block_elements
+from ..focused_linear.reference import compute_dtype
+from ..windows import Picture, from_windows, windows_of
+from .layout import Cells, Layout, layout
+
+
+def no_key(dtype: torch.dtype) -> float:
+    """Score of a row that is no key. Finite: a query without any key gets the mean of zeros, not of nothing."""
+    return -3e4 if dtype.itemsize == 2 else -1e30
+
+
+@torch.library.custom_op("flatten_diffusion::pyramid", mutates_args=())
+def pyramid(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor,
+    pictures: list[int],
+    cells: list[int],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B, N, H, D] and log-sum-exp [B, N, H] of query [B, N, H, D] over tables of keys and values [B, H, R, D],
+    bias [B or 1, R]; `pictures` and `cells` as plain numbers."""
+    triples, setting = _triples(pictures), Cells(*cells)
+    outputs, masses = [], []
+    for at, windows in enumerate(_by_sample(query, triples, setting.window)):
+        plan = layout(triples, setting, at, query.device)
+        output = torch.empty_like(windows)
+        mass = windows.new_empty(windows.shape[:-1], dtype=compute_dtype(query.dtype))
+        for block in _blocks(plan, windows, keys, bias, setting, scale):
+            key, value = block.rows(keys, values)
+            part, logs = _attend(block.of(windows), key, value, block.bias, scale)
+            block.put(output, part)
+            block.put(mass[..., None], logs[..., None])
+        outputs.append(output.flatten(0, 1))
+        masses.append(mass.flatten(0, 1))
+    return from_windows(outputs, triples, setting.window), from_windows(masses, triples, setting.window)
+
+
+@pyramid.register_fake
+def _(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor,
+    pictures: list[int],
+    cells: list[int],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
+
+
+@torch.library.custom_op("flatten_diffusion::pyramid_backward", mutates_args=())
+def pyramid_backward(
+    grad_output: torch.Tensor,
+    grad_mass: torch.Tensor,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor,
+    output: torch.Tensor,
+    mass: torch.Tensor,
+    pictures: list[int],
+    cells: list[int],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, keys and values. With P the weights and delta = grad . out, the gradient of the scores is
+    P (grad v^T - delta + grad_mass)."""
+    triples, setting = _triples(pictures), Cells(*cells)
+    dtype = mass.dtype
+    moved = grad_mass.to(dtype) - (grad_output.to(dtype) * output.to(dtype)).sum(dim=-1)
+    grad_keys, grad_values = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (keys, values))
+    parts = zip(
+        *(_by_sample(x, triples, setting.window) for x in (query, grad_output, mass[..., None], moved[..., None])),
+        strict=True,
+    )
+    grads = []
+    for at, (windows, upstream, masses, moves) in enumerate(parts):
+        plan = layout(triples, setting, at, query.device)
+        grad = torch.empty_like(windows)
+        for block in _blocks(plan, windows, keys, bias, setting, scale):
+            queries, come, logs, shift = (block.of(x).to(dtype) for x in (windows, upstream, masses, moves))
+            key, value = (x.to(dtype) for x in block.rows(keys, values))
+            weights = (queries @ key.transpose(-1, -2)).mul_(scale).add_(block.bias[:, :, None].to(dtype))
+            weights.sub_(logs).exp_()
+            block.add(grad_values, weights.transpose(-1, -2) @ come)
+            weights.mul_((come @ value.transpose(-1, -2)).add_(shift)).mul_(scale)
+            block.put(grad, weights @ key)
+            block.add(grad_keys, weights.transpose(-1, -2) @ queries)
+        grads.append(grad.flatten(0, 1))
+    grad_query = from_windows(grads, triples, setting.window)
+    return grad_query, grad_keys.to(keys.dtype), grad_values.to(values.dtype)
+
+
+@pyramid_backward.register_fake
+def _(
+    grad_output: torch.Tensor,
+    grad_mass: torch.Tensor,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor,
+    output: torch.Tensor,
+    mass: torch.Tensor,
+    pictures: list[int],
+    cells: list[int],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), torch.empty_like(keys), torch.empty_like(values)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, ctx.pictures, ctx.cells, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, grad_output: torch.Tensor, grad_mass: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    # Called under autocast too, which would undo the float32 accumulation.
+    with torch.autocast(grad_output.device.type, enabled=False):
+        grads = pyramid_backward(grad_output, grad_mass, *ctx.saved_tensors, ctx.pictures, ctx.cells, ctx.scale)
+    return (*grads, None, None, None, None)
+
+
+pyramid.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Block(NamedTuple):
+    """Some windows of some heads of one sample, and the rows of the tables that their queries see."""
+
+    sample: int
+    heads: slice
+    windows: slice
+    listed: torch.Tensor  # [h, w, K]
+    bias: torch.Tensor  # [h or 1, w, K]
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, W, t, H, ...] -> [h, w, t, ...], a view."""
+        return x[self.sample, self.windows, :, self.heads].movedim(2, 0)
+
+    def put(self, x: torch.Tensor, part: torch.Tensor) -> None:
+        """The inverse of `of`, into x."""
+        self.of(x).copy_(part)
+
+    def rows(self, *tables: torch.Tensor) -> list[torch.Tensor]:
+        """[B, H, R, D] -> copies of the rows, [h, w, K, D]."""
+        flat, shape = self._flat(tables[0]), self.listed.shape
+        return [table[self.sample, self.heads].flatten(0, 1).index_select(0, flat).view(*shape, -1) for table in tables]
+
+    def add(self, table: torch.Tensor, part: torch.Tensor) -> None:
+        """Adds a part like those of `rows` to the table they came from."""
+        whole = table[self.sample, self.heads].flatten(0, 1)
+        whole.index_add_(0, self._flat(table), part.flatten(0, 2))
+
+    def _flat(self, table: torch.Tensor) -> torch.Tensor:
+        if len(self.listed) == 1:
+            return self.listed.flatten()
+        first = torch.arange(len(self.listed), device=table.device)[:, None, None] * table.shape[2]
+        return (self.listed + first).flatten()
+
+
+def _blocks(
+    plan: Layout, windows: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, cells: Cells, scale: float
+) -> Iterator[_Block]:
+    """All windows [B, W, t, H, D] of all heads, in blocks whose keys, values and scores fit the cache."""
+    batch, count, tokens, heads, head_dim = windows.shape
+    limit = block_elements(windows) // (plan.rows.shape[1] * max(2 * head_dim, tokens))
+    wide, high = max(min(limit, count), 1), max(limit // count, 1)
+    for sample in range(batch):
+        weigh = bias[sample % len(bias)]
+        opened = None
+        if plan.children is not None:
+            opened = _opened(plan, plan.children, windows[sample], keys[sample], weigh, cells.opened, scale)
+        for head in range(0, heads, high):
+            those = slice(head, min(head + high, heads))
+            for first in range(0, count, wide):
+                some = slice(first, first + wide)
+                index = plan.rows[some][None]
+                if opened is not None:
+                    children, slots = (x[those, some] for x in opened)
+                    index = torch.cat([index.expand(len(children), -1, -1), children], dim=-1)
+                scores = weigh.index_select(0, index.flatten()).view(index.shape)
+                if opened is not None:
+                    scores.scatter_(-1, slots, no_key(scores.dtype))
+                yield _Block(sample, those, some, index.expand(those.stop - head, -1, -1), scores)
+
+
+def _opened(
+    plan: Layout,
+    children: torch.Tensor,
+    windows: torch.Tensor,
+    keys: torch.Tensor,
+    weigh: torch.Tensor,
+    opened: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In a sample, the far cells of the largest mass under each window's mean query: the rows they are read as,
+    [H, W, o * m], and where among the window's keys they were, [H, W, o]."""
+    here = slice(plan.first, plan.first + plan.far.shape[1])
+    mean = (windows.sum(dim=1, dtype=keys.dtype) / plan.tokens[:, None, None]).transpose(0, 1)
+    mass = (mean @ keys[:, here].transpose(-1, -2)).mul_(scale).add_(weigh[here])
+    top = mass.masked_fill_(~plan.far, -torch.inf).topk(min(opened, len(children))).indices
+    seen, slots = (x.expand(len(top), -1, -1).gather(-1, top) for x in (plan.far, plan.slots))
+    rows = children[top].masked_fill_(~seen[..., None], keys.shape[1] - 1)
+    # Where fewer are seen than could be opened, the slot is that of the cell's first child, which is no key anyway.
+    own = plan.rows.shape[1] + torch.arange(top.shape[-1], device=top.device) * children.shape[1]
+    return rows.flatten(2), torch.where(seen, slots, own)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """query [h, w, t, D], key and value [h, w, K, D], bias [h or 1, w, K] -> output [h, w, t, D], its log-sum-exp
+    [h, w, t]."""
+    shape = (*query.shape[:3], key.shape[2])
+    mask = bias[:, :, None].expand(shape)
+    # Not by its name in F: whoever watches that for the model's own attention shall not see windows.
+    if query.device.type == "cpu":
+        output, mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query.to(key.dtype), key, value, 0.0, False, attn_mask=mask, scale=scale
+        )
+    elif query.device.type == "cuda" and query.dtype != torch.float64 and query.shape[-1] % 8 == 0:
+        output, mass, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, True, scale=scale
+        )
+        mass = mass[..., : query.shape[2]]  # the kernel rounds up
+    else:
+        return _attend_plainly(query, key, value, bias, scale)
+    return output, mass
+
+
+def _attend_plainly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = (query @ key.transpose(-1, -2)).to(compute_dtype(query.dtype)).mul_(scale).add_(bias[:, :, None])
+    mass = scores.logsumexp(dim=-1)
+    return scores.sub_(mass[..., None]).exp_().to(value.dtype) @ value, mass
+
+
+def _by_sample(x: torch.Tensor, pictures: Sequence[Picture], size: int) -> list[torch.Tensor]:
+    """Of each picture [B, W, t, ...]."""
+    return [windows.unflatten(0, (len(x), -1)) for windows in windows_of(x, pictures, size)]
+
+
+def _triples(pictures: list[int]) -> tuple[Picture, ...]:
+    return tuple((pictures[at], pictures[at + 1], pictures[at + 2]) for at in range(0, len(pictures), 3))
