@@ -157,15 +157,21 @@ class Adapter(AdapterHandle):
         layers = [layer for _, layer, _ in self.converted_layers()]
         if any(layer.group is not None for layer in layers):
             raise RuntimeError("Inside token_parallel() each process holds a share of the tokens: softmax needs all.")
-        switched = []
+        before = [(layer, layer.state.disabled) for layer in layers]
+
+        def switch(more: int) -> None:
+            for layer, disabled in before:
+                layer.switch(disabled + more)
+
         try:
-            for layer in layers:
-                switched.append(layer)
-                layer.switch(1)
-            yield self.model
-        finally:
-            for layer in switched:
-                layer.switch(-1)
+            try:
+                switch(1)
+                yield self.model
+            finally:
+                switch(0)
+        except BaseException:  # which Ctrl-C may be, within the switching
+            switch(0)
+            raise
 
     def report(self) -> Report:
         """Every attention layer of the model: converted, or why not. Printable."""
