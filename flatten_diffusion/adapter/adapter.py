@@ -59,9 +59,8 @@ class Adapter(AdapterHandle):
             raise RuntimeError("The adapter is merged already.")
         if self._is_disabled():
             raise RuntimeError("The adapter is disabled: call merge() outside disabled().")
-        base = fingerprint(self.model)
-        self._merged = merge(self)
-        self._base_fingerprint = base
+        self._base_fingerprint = fingerprint(self.model)
+        merge(self, self._merged)
 
     @property
     def is_merged(self) -> bool:
@@ -83,8 +82,8 @@ class Adapter(AdapterHandle):
             ValueError: a weight is offloaded, quantised or sharded by now, or its delta changed too. Nothing is changed
                 then.
         """
-        unmerge(self, self._merged)
-        self._merged = []
+        if self._merged:
+            unmerge(self, self._merged)
 
     def set_backend(self, backend: str) -> None:
         """Compute with this backend of `focused_linear_attention` from now on. Raises ValueError for an unknown one."""
@@ -158,15 +157,21 @@ class Adapter(AdapterHandle):
         layers = [layer for _, layer, _ in self.converted_layers()]
         if any(layer.group is not None for layer in layers):
             raise RuntimeError("Inside token_parallel() each process holds a share of the tokens: softmax needs all.")
-        switched = []
+        before = [(layer, layer.state.disabled) for layer in layers]
+
+        def switch(more: int) -> None:
+            for layer, disabled in before:
+                layer.switch(disabled + more)
+
         try:
-            for layer in layers:
-                switched.append(layer)
-                layer.switch(1)
-            yield self.model
-        finally:
-            for layer in switched:
-                layer.switch(-1)
+            try:
+                switch(1)
+                yield self.model
+            finally:
+                switch(0)
+        except BaseException:  # which Ctrl-C may be, within the switching
+            switch(0)
+            raise
 
     def report(self) -> Report:
         """Every attention layer of the model: converted, or why not. Printable."""
@@ -205,11 +210,14 @@ class Adapter(AdapterHandle):
             commit_message=commit_message,
         )
 
-    def forget(self) -> None:
-        """Cut the tie to the model; called by `restore` before anything is taken off."""
-        if self._model is not None and all(hasattr(attn, MIXER) for _, attn in self.attention_modules()):
+    def settle(self) -> None:
+        """Keep what the layers say of the config; called by `restore` before anything is taken off."""
+        if all(hasattr(attn, MIXER) for _, attn in self.attention_modules()):
             self._config = self.config
-            self.pin_grid(None)
+
+    def forget(self) -> None:
+        """Cut the tie to the model; called by `restore` when all is taken off."""
+        self.pin_grid(None)
         self._model = None
 
     def _is_disabled(self) -> bool:

@@ -150,8 +150,10 @@ def restore(model_or_pipeline: Any) -> None:
         raise ValueError(f"This {type(model).__name__} is not converted: there is nothing to restore.")
     if adapter is not None:
         adapter.unmerge()
-        adapter.forget()
+        adapter.settle()
     replaced = _take_off(model, found, {} if adapter is None else adapter.kept)
+    if adapter is not None:
+        adapter.forget()
     if replaced:
         logger.warning(f"restore replaced processors that were set after the conversion: {', '.join(replaced)}.")
 

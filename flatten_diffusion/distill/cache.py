@@ -24,7 +24,7 @@ from .buckets import Size, check_sizes, nearest_bucket, parse_sizes, to_pixels
 from .conditioning import Conditioning, encode_null, encode_prompts, encode_shared, family_of
 from .denoiser_call import sampling_shift
 from .identity import component_digest, pipeline_settings
-from .latents import check_pipeline, draw_latents, encode_images
+from .latents import check_pipeline, draw_latents
 from .sources import Example
 
 logger = logging.get_logger(__name__)
@@ -80,7 +80,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         digests = [self._add(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         if not self._rows:
             shown = "; ".join(self.broken[:3])
-            raise ValueError(f"None of the {len(self.broken)} pictures can be read ({shown}): check the data.")
+            raise ValueError(f"None of the {len(self.broken)} images can be read ({shown}): check the data.")
         tensors, _ = read_tensors(folder / _NULL)
         for key, tensor in tensors.items():
             bucket, _, name = key.partition("/")
@@ -234,7 +234,7 @@ def _write_shard(
             captions, indices = [example.caption for _, example, _ in batch], [index for index, _, _ in batch]
             pictures = [pixels for _, _, pixels in batch if pixels is not None]
             if pictures:
-                latents = encode_pictures(pipeline, torch.stack(pictures))
+                latents = encode_images(pipeline, torch.stack(pictures))
             else:
                 how = (size, settings.draw_steps, settings.guidance_scale)
                 latents = draw_latents(pipeline, model, captions, [settings.seed + index for index in indices], *how)

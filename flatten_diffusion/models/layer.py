@@ -152,9 +152,9 @@ class ConvertedLayer:
         self._forget_idle()
 
     def switch(self, disabled: int) -> None:
-        """Add to the number of `disabled()` blocks around this thread's passes."""
+        """Set the number of `disabled()` blocks around this thread's passes."""
         for state in self._own():
-            state.disabled += disabled
+            state.disabled = disabled
         self._forget_idle()
 
     def record(self, recorder: Recorder | None) -> None:

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("transformers", minversion="5", reason="the tokenizer is built with transformers 5")
 
 from eval.experiments.scenes_build import build_pipeline, start_from
-from eval.experiments.train_scenes import T5_TOKENS, JointDenoiser, denoiser_of
+from eval.experiments.train_scenes import T5_TOKENS, CountedLastKey, JointDenoiser, denoiser_of
 from flatten_diffusion.scenes import PIPELINE_DIR
 
 CAPTIONS = ["a red circle on a white background", "two blue stars on a navy background"]
@@ -81,3 +81,9 @@ def test_nothing_to_start_from(tmp_path):
 def test_an_unknown_architecture():
     with pytest.raises(ValueError, match="use unet or sd3"):
         build_pipeline(32, 0, "dit")
+
+
+def test_a_mask_of_ones_own_cannot_be_counted() -> None:
+    query = torch.randn(1, 1, 3, 8)
+    with CountedLastKey(torch.tensor([4])), pytest.raises(RuntimeError, match="feed all tokens"):
+        torch.nn.functional.scaled_dot_product_attention(query, query, query, torch.zeros(3, 3))

@@ -13,7 +13,7 @@ from ..focused_linear.arguments import FocusedArguments
 from ..focused_linear.dispatch import call_dtype
 from ..focused_linear.reference import compute_dtype
 from ..transforms import needs_plain_torch
-from ..windows import Picture
+from ..windows import ImageSize
 from .layout import Cells, cell_sides
 from .operator import attend_in_blocks, attend_plainly, no_key, pyramid
 

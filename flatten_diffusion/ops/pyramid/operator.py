@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from ..focused_linear.eager import block_elements
 from ..focused_linear.reference import compute_dtype
 from ..transforms import backward_needs_plain_torch, differentiable_gradients
-from ..windows import Picture, from_windows, windows_of
+from ..windows import ImageSize, from_windows, windows_of
 from .layout import Cells, Layout, layout
 
 
@@ -35,7 +35,7 @@ def attend_in_blocks(
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, N, H, D] and log-sum-exp [B, N, H] of query [B, N, H, D] over tables of keys and values [B, H, R, D],
-    bias [B or 1, R]; `pictures` and `cells` as plain numbers. With `attend_plainly`, torch differentiates all of it."""
+    bias [B or 1, R]; `images` and `cells` as plain numbers. With `attend_plainly`, torch differentiates all of it."""
     triples, setting = _triples(pictures), Cells(*cells)
     outputs, masses = [], []
     for at, windows in enumerate(_by_sample(query, triples, setting.window)):
