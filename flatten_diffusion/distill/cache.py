@@ -24,7 +24,7 @@ from .buckets import Size, check_sizes, nearest_bucket, parse_sizes, to_pixels
 from .conditioning import Conditioning, encode_null, encode_prompts, encode_shared, family_of
 from .denoiser_call import sampling_shift
 from .identity import component_digest, pipeline_settings
-from .latents import check_pipeline, draw_latents
+from .latents import check_pipeline, draw_latents, encode_images
 from .sources import Example
 
 logger = logging.get_logger(__name__)

@@ -9,7 +9,7 @@ from flatten_diffusion import AdapterConfig, linearize
 from flatten_diffusion.adapter import Adapter
 from flatten_diffusion.distill import transfer_step
 from flatten_diffusion.distill.capture import FeatureTap
-from flatten_diffusion.models import LAYER
+from flatten_diffusion.models import LAYER, TokenLayout
 
 from ..models.tiny import Tiny, build, stir
 
