@@ -126,7 +126,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         row: dict[str, Any] = {"untrained": distance(run, calls, wanted), "layers": len(adapter.layers)}
         if fitted:
             started = time.perf_counter()
-            calibrate(adapter, [partial(run, call) for call in fitted], CalibrationSettings())
+            # The last two passes judge: layers that they find worse stay as they were.
+            runs = [partial(run, call) for call in fitted]
+            calibrate(adapter, runs[:-2] or runs, CalibrationSettings(), held_out=runs[-2:])
             row |= {"calibration_seconds": time.perf_counter() - started, "calibrated": distance(run, calls, wanted)}
         restore(model)
         rows[variant] = row
