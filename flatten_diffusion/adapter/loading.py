@@ -174,7 +174,7 @@ def _check_version(version: object, path: Path) -> None:
             "distil again, or load it with flatten_diffusion 0.1."
         )
     if version > FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {version:.6g}, newer than {FORMAT_VERSION}: upgrade the package.")
+        raise ValueError(f"{path} has format_version {version!r:.40}, newer than {FORMAT_VERSION}: upgrade the package.")
 
 
 def _check_description(description: Mapping[str, Any], path: Path, model: nn.Module) -> tuple[AdapterConfig, list[str]]:
@@ -184,7 +184,7 @@ def _check_description(description: Mapping[str, Any], path: Path, model: nn.Mod
     made_for, here = base.get("class"), class_name(model)
     if made_for != here:
         raise ValueError(
-            f"{path} was made for {made_for!s:.80}, this model is {here}: load it on the model it was made for."
+            f"{path} was made for {made_for!r:.80}, this model is {here}: load it on the model it was made for."
         )
     if base.get("fingerprint") != fingerprint(model):
         raise ValueError(
