@@ -127,7 +127,7 @@ def test_loading_takes_a_fine_tune_but_no_other_model(saved):
     folder, _ = saved
     load_adapter(build("sd15", seed=7).model, folder)
     _refuses(build("sd21").model, folder, ValueError, "made for a UNet2DConditionModel with other parameter shapes")
-    _refuses(build("pixart").model, folder, ValueError, "made for UNet2DConditionModel, this model is PixArt")
+    _refuses(build("pixart").model, folder, ValueError, "made for 'UNet2DConditionModel', this model is PixArt")
 
 
 def test_loading_twice_raises(saved):
@@ -173,7 +173,7 @@ def test_a_broken_config(saved, text):
     ("changes", "message"),
     [
         ({"format_version": 3}, "format_version 3, newer than 2: upgrade"),
-        ({"format_version": 10**200}, r"format_version 1e\+200, newer than 2: upgrade"),
+        ({"format_version": 10**400}, "format_version 10000*, newer than 2: upgrade"),
         ({"format_version": 1}, "format_version 1, of flatten_diffusion 0.1: this version reads 2 only; distil again"),
         ({"format_version": 2.0}, "format_version 2.0: it was not written"),
         ({"format_version": KeyError}, "format_version None"),
