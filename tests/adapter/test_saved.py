@@ -220,6 +220,30 @@ def test_keys_shapes_and_values_that_do_not_fit(saved):
             assert torch.equal(tiny(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_floating_dtype_loads_and_what_overflows_in_the_layers_does_not(saved, dtype):
+    folder, _ = saved
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / WEIGHTS).items()}
+    _sign(folder, _description(folder), tensors)
+    tiny = build("sd15")
+    adapter = load_adapter(tiny.model, folder)
+    assert all(torch.equal(p, tensors[name].float()) for name, p in adapter.named_parameters())
+    with torch.no_grad():
+        assert tiny().isfinite().all()
+    if dtype != torch.float64:
+        return
+    key = sorted(tensors)[0]
+    tensors[key].view(-1)[0] = 1e200
+    _sign(folder, _description(folder), tensors)
+    _refuses(
+        build("sd15").model, folder, ValueError, f"{key} has values that are not finite in the layer's torch.float32"
+    )
+    tensors[key].view(-1)[0] = 1e5
+    _sign(folder, _description(folder), tensors)
+    load_adapter(build("sd15").model, folder)
+    _refuses(build("sd15").model.half(), folder, ValueError, "not finite in the layer's torch.float16")
+
+
 @pytest.mark.parametrize("header", [True, False])
 def test_tensors_edited_without_signing(saved, header):
     folder, _ = saved
