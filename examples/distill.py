@@ -3,7 +3,7 @@
     accelerate launch examples/distill.py --pretrained_model_name_or_path scenes --prompts prompts.txt \\
         --resolution 128 --output_dir out/adapter
 
-The teacher is the model itself with the adapter disabled. Pictures come from --train_data_dir (captions in
+The teacher is the model itself with the adapter disabled. Images come from --train_data_dir (captions in
 metadata.jsonl, .csv or .parquet, or .txt files), --dataset_name (needs the datasets library), or, with --prompts, from
 the teacher. Killed at any moment, the same command with --resume_from_checkpoint latest goes on where it was. The
 adapter in --output_dir loads with `load_adapter(pipeline, output_dir)`; a run that diverges leaves the last good one
@@ -117,7 +117,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data: one of the first three")
     data.add_argument("--train_data_dir", type=Path, default=None)
     data.add_argument("--dataset_name", default=None)
-    data.add_argument("--prompts", type=Path, default=None, help="one per line; the teacher draws the pictures")
+    data.add_argument("--prompts", type=Path, default=None, help="one per line; the teacher draws the images")
     data.add_argument("--dataset_config_name", default=None)
     data.add_argument("--image_column", default=None, help="default: file_name in metadata.jsonl, image on the Hub")
     data.add_argument("--caption_column", default="text")
@@ -212,7 +212,7 @@ def check_model(args: argparse.Namespace) -> None:
 
     Raises:
         OSError: no pipeline there.
-        ValueError: it needs more than prompts, or draws no still pictures from --validation_prompts.
+        ValueError: it needs more than prompts, or draws no still images from --validation_prompts.
     """
     if args.pretrained_model_name_or_path in PIPELINES:
         return
@@ -223,7 +223,7 @@ def check_model(args: argparse.Namespace) -> None:
     check_pipeline(cls)
     accepted = inspect.signature(cls.__call__).parameters
     if args.validation_prompts and ("prompt" not in accepted or "num_frames" in accepted):
-        raise ValueError(f"{cls.__name__} draws no still pictures from prompts: leave out --validation_prompts.")
+        raise ValueError(f"{cls.__name__} draws no still images from prompts: leave out --validation_prompts.")
 
 
 def mixer_of(args: argparse.Namespace) -> MixerConfig | str:
@@ -339,10 +339,10 @@ class Validation:
     def draw(self, adapter: Adapter) -> Image.Image:
         prompts = [prompt for prompt in self.args.validation_prompts for _ in range(self.args.num_validation_images)]
         with adapter.disabled():
-            teacher = self._pictures(prompts)
-        return make_image_grid([*teacher, *self._pictures(prompts)], rows=2, cols=len(prompts))
+            teacher = self._images(prompts)
+        return make_image_grid([*teacher, *self._images(prompts)], rows=2, cols=len(prompts))
 
-    def _pictures(self, prompts: list[str]) -> list[Image.Image]:
+    def _images(self, prompts: list[str]) -> list[Image.Image]:
         generators = [torch.Generator().manual_seed(self.args.seed + index) for index in range(len(prompts))]
         options = {"num_inference_steps": self.args.validation_inference_steps, "generator": generators}
         if "guidance_scale" in inspect.signature(type(self.pipeline).__call__).parameters:

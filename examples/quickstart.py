@@ -3,7 +3,7 @@
     python examples/quickstart.py
 
 Draws four captions with both from the same seeds, times a denoising step of both at the native size and at 1024×1024,
-prints one table and writes one picture. Nothing is downloaded. Takes a few minutes on two CPU cores.
+prints one table and writes one image. Nothing is downloaded. Takes a few minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CAPTIONS = (
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="where the picture goes")
+    parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="where the image goes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--large", type=int, default=1024, help="side in pixels of the large timing")
     parser.add_argument("--num_inference_steps", type=int, default=25)
@@ -190,7 +190,7 @@ def main() -> None:
             f"{f'{side}x{side}':>11} {tokens:>7} | {before:>10.3f} {after:>10.3f} | {before / after:>5.2f}x | "
             f"{memory['original']:>10.0f} {memory['converted']:>10.0f}"
         )
-    print(f"\nBoth rows of pictures: {args.output.resolve()}")
+    print(f"\nBoth rows of images: {args.output.resolve()}")
     if args.json:
         table = [
             {"pixels": side, "seconds_per_step": seconds_of, "extra_memory_mib": memory}

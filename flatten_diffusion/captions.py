@@ -1,4 +1,4 @@
-"""Captions as training and evaluation both read them: from metadata files, else from a .txt beside the picture."""
+"""Captions as training and evaluation both read them: from metadata files, else from a .txt beside the image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from .files import parse_json
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-"""Names of the files that caption pictures; each lists those of its own folder and below by paths relative to it."""
+"""Names of the files that caption images; each lists those of its own folder and below by paths relative to it."""
 
 
 def decode_text(content: bytes, source: str) -> str:

@@ -1,4 +1,4 @@
-"""Pictures as training and evaluation both see them: which files count, and how each is decoded."""
+"""Images as training and evaluation both see them: which files count, and how each is decoded."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-"""In lower case, of the files that count as pictures."""
+"""In lower case, of the files that count as images."""
 
 _WHITE = (255, 255, 255, 255)
 
 
 def is_hidden(path: PurePath, root: PurePath) -> bool:
-    """Whether a part of `path` below `root` starts with a dot or is __MACOSX: nobody's picture or caption.
+    """Whether a part of `path` below `root` starts with a dot or is __MACOSX: nobody's image or caption.
 
     Raises:
         ValueError: `path` is not below `root`.
@@ -23,7 +23,7 @@ def is_hidden(path: PurePath, root: PurePath) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any picture, by one rule:
+    """8-bit RGB of any image, by one rule:
 
     turned as its EXIF says; 16-bit grey divided by 257; floating point from 0 to 1 times 255; what is transparent laid
     on white; palettes, CMYK and the rest as Pillow converts them, without colour profiles; of several frames the first.

@@ -51,7 +51,7 @@ from flatten_diffusion.mixers import (
     LayerShape,
     Mixed,
     describe_grid,
-    pictures_of,
+    images_of,
     register_mixer,
 )
 from flatten_diffusion.mixers.parts.convolution import convolve
@@ -72,7 +72,7 @@ _WARMUP = 50
 
 
 def axes_of(head_dim: int) -> tuple[int, int, int]:
-    """Channels that turn with a token's picture (always 0 here), row and column, as models of this module have them.
+    """Channels that turn with a token's image (always 0 here), row and column, as models of this module have them.
 
     Raises:
         ValueError: `head_dim` is not a multiple of 6 (three axes of pairs).
@@ -126,12 +126,12 @@ class FeaturesBeforeRotation(FocusedLinearAttention):
         self.needs = frozenset({"grid"})
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> Mixed:
-        """See `Mixer.forward`; one picture of one frame. Raises ValueError for another grid."""
+        """See `Mixer.forward`; one image of one frame. Raises ValueError for another grid."""
         grid, key_mask = context.grid, context.key_mask
-        pictures = [] if grid is None else pictures_of(grid)
+        pictures = [] if grid is None else images_of(grid)
         if grid is None or len(pictures) != 1 or pictures[0][0] != 1:
             shown = "none" if grid is None else describe_grid(grid)
-            raise ValueError(f"The grid is {shown}: this mixer knows the positions of one whole picture only.")
+            raise ValueError(f"The grid is {shown}: this mixer knows the positions of one whole image only.")
         angle = angles(*pictures[0][1:], self.layer.head_dim)
         dtype = torch.promote_types(query.dtype, torch.float32)
         # As the operator of the base: everything but the projections is computed in float32.
@@ -316,7 +316,7 @@ def trained_model(
 
 
 def layer_errors(adapter: Adapter, batches: Sequence[NoisyBatch]) -> dict[str, float]:
-    """Each layer's squared error at the picture's tokens, before the output projection, by the square of the
+    """Each layer's squared error at the image's tokens, before the output projection, by the square of the
     teacher's, all layers given the teacher's inputs."""
     errors: dict[str, list[float]] = {}
 

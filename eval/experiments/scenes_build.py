@@ -80,7 +80,7 @@ def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def build_vae(resolution: int) -> AutoencoderKL:
-    """An 8× autoencoder for the latents of `picture_latents`; `resolution` in pixels is what it is meant for."""
+    """An 8× autoencoder for the latents of `image_latents`; `resolution` in pixels is what it is meant for."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -135,7 +135,7 @@ def build_pipeline(
     """The whole text-to-image pipeline, untrained, float32 on CPU.
 
     Args:
-        resolution: native picture side in pixels, a multiple of 32.
+        resolution: native image side in pixels, a multiple of 32.
         seed: of the random weights.
         architecture: one of `ARCHITECTURES`: "unet" has Stable Diffusion's classes, "sd3" those of Stable Diffusion 3.
         position_spacing: of "sd3", see `build_transformer`.
@@ -190,7 +190,7 @@ def build_transformer(resolution: int, text: CLIPTextConfig, position_spacing: f
     """Six joint blocks of four heads of 48 channels, a token per latent pixel, query and key normalised.
 
     Args:
-        resolution: native picture side in pixels; the tokens' grid has `resolution` / 8 rows and columns.
+        resolution: native image side in pixels; the tokens' grid has `resolution` / 8 rows and columns.
         text: configuration of each of the two text encoders.
         position_spacing: between the positions of neighbouring tokens. Trained at half the size with twice the
             spacing, a model sees the same range of positions, and can be gone on from at the whole size.

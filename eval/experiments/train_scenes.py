@@ -7,9 +7,9 @@ weights of another one that fit: the text encoders and autoencoder of either arc
 at half the size (see --position_spacing), which is where a transformer learns four times as fast.
 
 Killed at any moment, the same command goes on from the newest checkpoint. Two CPU cores need about an hour and a half
-at --resolution 128 (fastest as two processes of one thread each); with a CUDA GPU use --resolution 512. The pictures
+at --resolution 128 (fastest as two processes of one thread each); with a CUDA GPU use --resolution 512. The images
 are drawn by flatten_diffusion.scenes; captions that `is_held_out` are never trained on. The latents are those of
-`picture_latents`, so either stage can be trained first. output_dir/pipeline is the trained pipeline,
+`image_latents`, so either stage can be trained first. output_dir/pipeline is the trained pipeline,
 output_dir/export the same in float16, as it ships in flatten_diffusion/scenes/weights and weights_sd3.
 """
 
@@ -42,7 +42,7 @@ from flatten_diffusion.distill.diffusion import Diffusion
 from flatten_diffusion.files import atomic_path, write_json
 from flatten_diffusion.scenes.check import fact_accuracy
 from flatten_diffusion.scenes.grammar import sample_captions
-from flatten_diffusion.scenes.latents import picture_latents
+from flatten_diffusion.scenes.latents import image_latents
 from flatten_diffusion.scenes.render import render
 
 from .scenes_build import ARCHITECTURES, build_pipeline, export_pipeline, start_from
@@ -64,7 +64,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--position_spacing", type=float, default=1.0, help="sd3: between neighbouring tokens; 2 at half the final size"
     )
-    parser.add_argument("--resolution", type=int, default=128, help="native picture side in pixels")
+    parser.add_argument("--resolution", type=int, default=128, help="native image side in pixels")
     parser.add_argument("--num_scenes", type=int, default=32_000, help="rendered scenes whose latents are cached")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None)
@@ -249,20 +249,20 @@ def _write_atomically(model: DiffusionPipeline | ModelMixin, folder: Path) -> No
 
 
 class Autoencoder(torch.nn.Module):
-    """Encode a picture, decode given latents, as one forward pass, so that several processes exchange gradients."""
+    """Encode a image, decode given latents, as one forward pass, so that several processes exchange gradients."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, pictures: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Pictures [B, 3, side, side] in -1..1 and latents -> decoded latents, posterior mean and log variance."""
+        """Images [B, 3, side, side] in -1..1 and latents -> decoded latents, posterior mean and log variance."""
         posterior = self.vae.encode(pictures).latent_dist
         return self.vae.decode(latents).sample.float(), posterior.mean.float(), posterior.logvar.float()
 
 
 def train_vae(args: argparse.Namespace, accelerator: Accelerator, vae: AutoencoderKL) -> None:
-    """The encoder learns the latents of `picture_latents`, the decoder to undo them; writes output_dir/vae."""
+    """The encoder learns the latents of `image_latents`, the decoder to undo them; writes output_dir/vae."""
     captions = sample_captions(min(args.num_scenes, 3000), args.seed, held_out=False, different=False)
     pictures = torch.cat(list(render_batches(captions, args.resolution, 256, args.seed)))
     vae.train()
@@ -275,10 +275,10 @@ def train_vae(args: argparse.Namespace, accelerator: Accelerator, vae: Autoencod
     progress.start_clock()
     bar = tqdm(total=args.vae_train_steps, initial=progress.step, disable=not accelerator.is_local_main_process)
     while progress.share < 1:
-        # The last part sees whole pictures, so that group norms meet the statistics they will be used with.
+        # The last part sees whole images, so that group norms meet the statistics they will be used with.
         crop, count = (args.vae_crop, args.vae_batch_size) if progress.share < 0.6 else (args.resolution, 4)
         batch = _random_crops(pictures, count, crop, accelerator.device)
-        latents = picture_latents(batch)
+        latents = image_latents(batch)
         # What a denoiser draws is a little off: the decoder meets errors of up to that size in training.
         blur = args.latent_noise * torch.rand(count, 1, 1, 1, device=latents.device)
         for group in optimizer.param_groups:
@@ -328,7 +328,7 @@ def cached_latents(args: argparse.Namespace, accelerator: Accelerator) -> tuple[
     if accelerator.is_main_process and not path.exists():
         batches = render_batches(captions, args.resolution, 64, args.seed + 1)
         bar = tqdm(batches, total=math.ceil(len(captions) / 64), desc="drawing scenes")
-        drawn = torch.cat([picture_latents(_to_model_range(batch, torch.device("cpu"))).half() for batch in bar])
+        drawn = torch.cat([image_latents(_to_model_range(batch, torch.device("cpu"))).half() for batch in bar])
         with atomic_path(path) as partial:
             save_file({"latents": drawn.contiguous()}, partial)
     accelerator.wait_for_everyone()
@@ -361,7 +361,7 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, pipeline:
     diffusion = Diffusion(pipeline.scheduler)
     draws = (args.output_dir / "vae").is_dir()
     if not draws:
-        logger.info("the autoencoder is not trained yet: no validation pictures")
+        logger.info("the autoencoder is not trained yet: no validation images")
     progress.start_clock()
     bar = tqdm(total=args.max_train_steps, initial=progress.step, disable=not accelerator.is_local_main_process)
     running = 0.0

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..mixers import Grid, count_tokens
 from ..models import LAYER, MIXER
-from ..models.readings import PINNED
+from ..models.token_layout import PINNED
 from ..ops import BACKENDS
 from .config import AdapterConfig
 from .fingerprint import fingerprint
@@ -95,14 +95,14 @@ class Adapter(AdapterHandle):
                 layer.window.backend = backend
 
     def pin_grid(self, grid: Grid | None) -> None:
-        """Tell graphs that are compiled whole (`fullgraph=True`) the size of the picture, where they cannot see it.
+        """Tell graphs that are compiled whole (`fullgraph=True`) the size of the image, where they cannot see it.
 
-        Flux and its kin (Flux2, Flux3, Chroma, Krea2, Ideogram4, MiniMaxH3) are told a picture's shape only as numbers
+        Flux and its kin (Flux2, Flux3, Chroma, Krea2, Ideogram4, MiniMaxH3) are told a image's shape only as numbers
         on the device, which a graph cannot turn into sizes; uncompiled code and graphs that may break read them there
         and ignore this. Other models need no pin.
 
         Args:
-            grid: (height, width) in tokens of the passes to come, or one (1, height, width) per picture where
+            grid: (height, width) in tokens of the passes to come, or one (1, height, width) per image where
                 reference images follow; None takes the pin away. A pass of another grid fails on the device.
         """
         if grid is not None:
@@ -114,7 +114,7 @@ class Adapter(AdapterHandle):
                 owner.__dict__[PINNED] = grid
 
     def token_parallel(self, group: Any = None) -> AbstractContextManager[nn.Module]:
-        """Inside, the tokens of each picture are split by rows over the processes of a `torch.distributed` group.
+        """Inside, the tokens of each image are split by rows over the processes of a `torch.distributed` group.
 
         For one image beyond one device's memory: every process calls the model with the same, whole inputs and gets
         the same, whole output, but between patch embedding and output projection it holds its own rows only. All that
@@ -124,7 +124,7 @@ class Adapter(AdapterHandle):
             with adapter.token_parallel(), torch.inference_mode():  # under torchrun, one process per device
                 image = pipe(prompt, height=8192, width=8192).images[0]
 
-        For inference, and for models that are transformers over one picture's patches (PixArt, DiT): elsewhere other
+        For inference, and for models that are transformers over one image's patches (PixArt, DiT): elsewhere other
         layers look across rows as well. Not for torch.compile.
 
         Args:

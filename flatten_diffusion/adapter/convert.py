@@ -20,17 +20,17 @@ from ..models import (
     AutotuneHook,
     ConvertedLayer,
     EndHook,
-    Finding,
     FocusedLinearAttnProcessor,
     GridHook,
     GuardHook,
     Kind,
+    LayerInfo,
     WrappedProcessor,
+    find_attention_layers,
     find_projection,
     remove_hooks,
     softmax_below_on,
     stays_here,
-    survey,
     wrap,
 )
 from ..models.guiders import register_like
@@ -88,11 +88,11 @@ def parts_of(model: nn.Module) -> list[nn.Module]:
 def linearize(model_or_pipeline: Any, config: AdapterConfig | str | None = None) -> Adapter:
     """Replace the softmax self-attention of a diffusers model by learnable focused linear attention, in place.
 
-    Every self-attention layer of the known families that holds a picture gets a mixer as the submodule
+    Every self-attention layer of the known families that holds a image gets a mixer as the submodule
     `flatten_mixer` of its attention module; what it learns starts where it adds nothing. The token grid is read from
     the model's real input at each forward pass, so any size and aspect ratio works, also under gradient checkpointing
-    enabled by the model's own `enable_gradient_checkpointing`. Where picture and text share one sequence (SD3, Flux),
-    attention from picture to picture becomes linear, and wherever text is query or key it stays softmax (see
+    enabled by the model's own `enable_gradient_checkpointing`. Where image and text share one sequence (SD3, Flux),
+    attention from image to image becomes linear, and wherever text is query or key it stays softmax (see
     `flatten_diffusion.mixers.TextJoin`). Key padding is honoured; calls with any other mask, cross-attention, temporal
     attention and layers outside the known families stay softmax, bit for bit: see `Adapter.report`.
 
@@ -105,7 +105,7 @@ def linearize(model_or_pipeline: Any, config: AdapterConfig | str | None = None)
             (Wan 2.2 has two; layers are then named "transformer.blocks.0.attn1" and so on); other parts of a pipeline
             (a ControlNet) are converted by passing them.
         config: see `AdapterConfig`; None means its defaults. "training-free" stands for pyramid attention wherever that
-            is faster: pictures stay near the original's without any training, for several times the time of focused
+            is faster: images stay near the original's without any training, for several times the time of focused
             linear attention.
 
     Returns:
@@ -118,12 +118,12 @@ def linearize(model_or_pipeline: Any, config: AdapterConfig | str | None = None)
     """
     model = resolve_model(model_or_pipeline)
     config = resolve_config(config)
-    findings = survey(model)
-    check_unconverted(model, findings)
-    chosen = _choose(model, findings, config)
+    found = find_attention_layers(model)
+    check_unconverted(model, found)
+    chosen = _choose(model, found, config)
     check_processors(chosen)
     check_supported(chosen, config)
-    return attach(model, config, findings, build_layers(chosen, config))
+    return attach(model, config, found, build_layers(chosen, config))
 
 
 def restore(model_or_pipeline: Any) -> None:
@@ -144,54 +144,54 @@ def restore(model_or_pipeline: Any) -> None:
     adapter: Adapter | None = next((p.__dict__[ADAPTER] for p in parts_of(model) if ADAPTER in p.__dict__), None)
     if adapter is not None:
         model = adapter.model  # with all its parts, whichever was passed
-    findings = survey(model)
-    if not _is_converted(model, findings):
+    found = find_attention_layers(model)
+    if not _is_converted(model, found):
         raise ValueError(f"This {type(model).__name__} is not converted: there is nothing to restore.")
     if adapter is not None:
         adapter.unmerge()
         adapter.settle()
-    replaced = _take_off(model, findings, {} if adapter is None else adapter.kept)
+    replaced = _take_off(model, found, {} if adapter is None else adapter.kept)
     if adapter is not None:
         adapter.forget()
     if replaced:
         logger.warning(f"restore replaced processors that were set after the conversion: {', '.join(replaced)}.")
 
 
-def check_unconverted(model: nn.Module, findings: Sequence[Finding]) -> None:
+def check_unconverted(model: nn.Module, found: Sequence[LayerInfo]) -> None:
     """Raise ValueError when any layer of the model runs this library's processor already."""
-    if _is_converted(model, findings):
+    if _is_converted(model, found):
         raise ValueError(f"This {type(model).__name__} is converted already: call restore() on it first.")
 
 
-def _is_converted(model: nn.Module, findings: Sequence[Finding]) -> bool:
+def _is_converted(model: nn.Module, found: Sequence[LayerInfo]) -> bool:
     """Whether anything of a conversion is on the model, were it only half done."""
-    traces = any(hasattr(f.attn, LAYER) or hasattr(f.attn, MIXER) or _is_ours(f) for f in findings)
+    traces = any(hasattr(f.attn, LAYER) or hasattr(f.attn, MIXER) or _is_ours(f) for f in found)
     return traces or any(ADAPTER in part.__dict__ for part in parts_of(model))
 
 
-def check_processors(chosen: Sequence[Finding]) -> None:
+def check_processors(chosen: Sequence[LayerInfo]) -> None:
     """Raise ValueError when a layer to convert cannot be taken over exactly."""
-    for finding in chosen:
-        attn: Any = finding.attn
+    for info in chosen:
+        attn: Any = info.attn
         name = type(attn.processor).__name__
-        native = () if finding.family is None else finding.family.native
+        native = () if info.architecture is None else info.architecture.native
         if native and name not in native:
             raise ValueError(
-                f"{finding.name} runs {name}: put {' or '.join(native)} back first (unload IP-Adapters, disable what "
+                f"{info.name} runs {name}: put {' or '.join(native)} back first (unload IP-Adapters, disable what "
                 "else replaced it), or exclude the layer."
             )
         if native:
             wrap(attn.processor)  # raises when its source is of no use
         elif type(attn.processor) not in _CONVERTIBLE:
             raise ValueError(
-                f"{finding.name} runs {name}: put AttnProcessor2_0() back first (disable attention slicing, xFormers "
+                f"{info.name} runs {name}: put AttnProcessor2_0() back first (disable attention slicing, xFormers "
                 "or the custom processor), or exclude the layer."
             )
         query = find_projection(attn, "q")
-        _check_weight(finding.name, None if query is None else query.module(attn).weight)
+        _check_weight(info.name, None if query is None else query.module(attn).weight)
         hook = None if query is None else getattr(query.module(attn), "_hf_hook", None)
         if getattr(hook, "offload", False):
-            raise ValueError(f"{finding.name} is offloaded layer by layer: convert before enabling sequential offload.")
+            raise ValueError(f"{info.name} is offloaded layer by layer: convert before enabling sequential offload.")
 
 
 def _check_weight(name: str, weight: torch.Tensor | None) -> None:
@@ -201,21 +201,21 @@ def _check_weight(name: str, weight: torch.Tensor | None) -> None:
         raise ValueError(f"{name} was made under torch.inference_mode(), which allows no training: load it outside.")
 
 
-def check_supported(chosen: Sequence[Finding], config: AdapterConfig) -> None:
+def check_supported(chosen: Sequence[LayerInfo], config: AdapterConfig) -> None:
     """Raise ValueError when a layer's mixer cannot do what the layer or the config asks of it at every call."""
-    for finding in chosen:
-        name = config.mixer_of(finding.name).name
+    for info in chosen:
+        name = config.mixer_of(info.name).name
         supports = mixer_class(name).supports
         if config.window and "window" not in supports:
-            raise ValueError(f"{finding.name}: {name} cannot be combined with windows: convert with window=0.")
-        if finding.place != "alone" and "text" not in supports:
+            raise ValueError(f"{info.name}: {name} cannot be combined with windows: convert with window=0.")
+        if info.place != "alone" and "text" not in supports:
             raise ValueError(
-                f"{finding.name}: {name} cannot be joined with other tokens (text): exclude the layer, or choose "
+                f"{info.name}: {name} cannot be joined with other tokens (text): exclude the layer, or choose "
                 "another mixer."
             )
 
 
-def build_layers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, LayerMixer]:
+def build_layers(chosen: Sequence[LayerInfo], config: AdapterConfig) -> dict[str, LayerMixer]:
     """What each layer is to carry, by name; nothing is attached yet."""
     return {f.name: build_layer(f.name, f.attn, f.place != "alone", config) for f in chosen}
 
@@ -223,7 +223,7 @@ def build_layers(chosen: Sequence[Finding], config: AdapterConfig) -> dict[str, 
 def attach(
     model: nn.Module,
     config: AdapterConfig,
-    findings: Sequence[Finding],
+    found: Sequence[LayerInfo],
     layers: Mapping[str, LayerMixer],
     always_converted: Collection[str] = (),
 ) -> Adapter:
@@ -233,22 +233,22 @@ def attach(
     `always_converted` names layers that run their mixer at every size although the config leaves that to measurement.
     """
     if config.min_tokens == AUTO:  # timed here, before the model is touched; for `report` also where it decides nothing
-        for finding in findings:
-            if finding.name in layers and stays_here(place_of(finding.attn)[0]):
-                softmax_below_on(*place_of(finding.attn), Kind.of(layers[finding.name]))
+        for info in found:
+            if info.name in layers and stays_here(place_of(info.attn)[0]):
+                softmax_below_on(*place_of(info.attn), Kind.of(layers[info.name]))
     try:
-        adapter = _attach(model, config, [f for f in findings if f.name in layers], layers, always_converted)
-        adapter.kept = {f.name: f.attn.processor for f in findings if f.name not in layers}
+        adapter = _attach(model, config, [f for f in found if f.name in layers], layers, always_converted)
+        adapter.kept = {f.name: f.attn.processor for f in found if f.name not in layers}
         return adapter
     except BaseException:
-        _take_off(model, findings, {})
+        _take_off(model, found, {})
         raise
 
 
 def _attach(
     model: nn.Module,
     config: AdapterConfig,
-    findings: Sequence[Finding],
+    found: Sequence[LayerInfo],
     layers: Mapping[str, LayerMixer],
     always_converted: Collection[str],
 ) -> Adapter:
@@ -256,31 +256,31 @@ def _attach(
     register_like(AdapterAttnProcessor, AttnProcessor2_0)
     wrapped: dict[int, WrappedProcessor] = {}
     states: list[tuple[nn.Module, ConvertedLayer]] = []
-    hooked: dict[tuple[str, Any, tuple[str, ...]], tuple[Finding, list[ConvertedLayer]]] = {}
+    hooked: dict[tuple[str, Any, tuple[str, ...]], tuple[LayerInfo, list[ConvertedLayer]]] = {}
     min_tokens = config.min_tokens if isinstance(config.min_tokens, int) else 0
-    for finding in findings:
-        attn = finding.attn
+    for info in found:
+        attn = info.attn
         native: Any = attn.processor
-        state = ConvertedLayer(finding.name, native, min_tokens, finding.place)
-        state.auto = config.min_tokens == AUTO and finding.name not in always_converted
+        state = ConvertedLayer(info.name, native, min_tokens, info.place)
+        state.auto = config.min_tokens == AUTO and info.name not in always_converted
         setattr(attn, LAYER, state)
-        attn.add_module(MIXER, layers[finding.name].train(attn.training))
-        if finding.family is not None and finding.family.native:
+        attn.add_module(MIXER, layers[info.name].train(attn.training))
+        if info.architecture is not None and info.architecture.native:
             _set_processor(attn, wrapped.setdefault(id(native), wrap(native)))
         else:
             _set_processor(attn, plain)
         states.append((attn, state))
         # Without need of a grid too: the hook is also what replays a layer's state under checkpointing.
-        if finding.family is not None and finding.family.read is not None:
-            key = (finding.owner_name, finding.family.read, finding.family.arguments)
-            hooked.setdefault(key, (finding, []))[1].append(state)
-    for finding, below in hooked.values():
-        assert finding.owner is not None and finding.family is not None and finding.family.read is not None
-        hook = GridHook(finding.family.read, finding.argument_positions, below)
-        finding.owner.register_forward_pre_hook(hook, with_kwargs=True)
-        finding.owner.register_forward_hook(EndHook(below), always_call=True)
+        if info.architecture is not None and info.architecture.read is not None:
+            key = (info.owner_name, info.architecture.read, info.architecture.arguments)
+            hooked.setdefault(key, (info, []))[1].append(state)
+    for info, below in hooked.values():
+        assert info.owner is not None and info.architecture is not None and info.architecture.read is not None
+        hook = GridHook(info.architecture.read, info.argument_positions, below)
+        info.owner.register_forward_pre_hook(hook, with_kwargs=True)
+        info.owner.register_forward_hook(EndHook(below), always_call=True)
     automatic = [(state, layers[state.name], place_of(attn)) for attn, state in states if state.auto]
-    adapter = Adapter(model, config, [finding.name for finding in findings])
+    adapter = Adapter(model, config, [info.name for info in found])
     for part in parts_of(model):
         part.register_forward_pre_hook(GuardHook(states, OURS))
         if automatic:
@@ -289,26 +289,26 @@ def _attach(
     return adapter
 
 
-def _choose(model: nn.Module, findings: Sequence[Finding], config: AdapterConfig) -> list[Finding]:
-    names = [finding.name for finding in findings]
+def _choose(model: nn.Module, found: Sequence[LayerInfo], config: AdapterConfig) -> list[LayerInfo]:
+    names = [info.name for info in found]
     for pattern in (*(config.include or ()), *config.exclude):
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"Pattern {pattern!r} matches none of the {len(names)} attention layers of {type(model).__name__}"
                 + (f": they are named like {names[0]!r}." if names else ".")
             )
-    image = [f for f in findings if f.reason is None and (f.offered is None or _included(f.name, config))]
+    image = [f for f in found if f.reason is None and (f.offered is None or _included(f.name, config))]
     if not image:
-        reasons = sorted({why for finding in findings if (why := finding.reason or finding.offered) is not None})
+        reasons = sorted({why for info in found if (why := info.reason or info.offered) is not None})
         raise ValueError(
             f"{type(model).__name__} has no layer that can be converted: "
             + ("; ".join(reasons) if reasons else "it has no attention layers")
             + "."
         )
-    unknown = sorted(set(config.overrides) - {finding.name for finding in image})
+    unknown = sorted(set(config.overrides) - {info.name for info in image})
     if unknown:
         raise ValueError(f"overrides names {unknown[0]!r}, which {type(model).__name__} cannot convert.")
-    chosen = [finding for finding in image if selected(finding.name, config)]
+    chosen = [info for info in image if selected(info.name, config)]
     if not chosen:
         raise ValueError(f"include and exclude leave none of the {len(image)} convertible layers: widen them.")
     return chosen
@@ -325,25 +325,25 @@ def _included(name: str, config: AdapterConfig) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in config.include or ())
 
 
-def _take_off(model: nn.Module, findings: Sequence[Finding], kept: Mapping[str, Any]) -> list[str]:
+def _take_off(model: nn.Module, found: Sequence[LayerInfo], kept: Mapping[str, Any]) -> list[str]:
     """Everything that a conversion put on the model, whole or half; returns what else was replaced by it.
 
     `kept`: processors that other layers ran at the conversion, for those that run one of ours by now.
     Each step can be repeated: a restore that was interrupted is finished by the next.
     """
     replaced = []
-    for finding in findings:
-        attn: Any = finding.attn
+    for info in found:
+        attn: Any = info.attn
         state: ConvertedLayer | None = getattr(attn, LAYER, None)
         if state is not None:
-            if not _is_ours(finding) and attn.processor is not state.native and not _unfused(attn, state):
-                replaced.append(f"{finding.name} ({type(attn.processor).__name__})")
+            if not _is_ours(info) and attn.processor is not state.native and not _unfused(attn, state):
+                replaced.append(f"{info.name} ({type(attn.processor).__name__})")
             if not _unfused(attn, state):
                 _set_processor(attn, state.native)
-        elif _is_ours(finding):  # put there by set_attn_processor, or by diffusers, which had kept it
+        elif _is_ours(info):  # put there by set_attn_processor, or by diffusers, which had kept it
             ours = attn.processor
             native = ours.native if isinstance(ours, WrappedProcessor) else ours.native_of(attn)
-            _set_processor(attn, kept.get(finding.name, native))
+            _set_processor(attn, kept.get(info.name, native))
         if hasattr(attn, MIXER):
             delattr(attn, MIXER)
         if state is not None:
@@ -360,8 +360,8 @@ def _unfused(attn: Any, state: ConvertedLayer) -> bool:
     return "Fused" in type(state.native).__name__ and now == type(state.native).__name__.replace("Fused", "")
 
 
-def _is_ours(finding: Finding) -> bool:
-    return isinstance(finding.attn.processor, (FocusedLinearAttnProcessor, WrappedProcessor))
+def _is_ours(info: LayerInfo) -> bool:
+    return isinstance(info.attn.processor, (FocusedLinearAttnProcessor, WrappedProcessor))
 
 
 def _set_processor(attn: Any, processor: Any) -> None:

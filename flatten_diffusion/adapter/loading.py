@@ -18,7 +18,7 @@ from torch import nn
 
 from ..files import parse_json, read_json
 from ..mixers import LayerMixer
-from ..models import Finding, survey
+from ..models import LayerInfo, find_attention_layers
 from .adapter import Adapter
 from .config import AdapterConfig
 from .convert import attach, build_layers, check_processors, check_supported, check_unconverted, resolve_model
@@ -64,19 +64,19 @@ def load_adapter(
     if min_tokens is not None:
         AdapterConfig(min_tokens=min_tokens)
     model = resolve_model(model_or_pipeline)
-    findings = survey(model)
-    check_unconverted(model, findings)
+    found = find_attention_layers(model)
+    check_unconverted(model, found)
     config_path, weights_path = _locate(path_or_hub_id, revision, token, cache_dir, local_files_only)
     tensors, description = _read(config_path, weights_path)
     config, names = _check_description(description, config_path, model)
     if min_tokens is not None:
         config = replace(config, min_tokens=min_tokens)
-    chosen = _choose_saved(names, findings, config_path)
+    chosen = _choose_saved(names, found, config_path)
     check_processors(chosen)
     check_supported(chosen, config)
     layers = build_layers(chosen, config)
     trained = _fill(layers, tensors, weights_path)
-    return attach(model, config, findings, layers, trained if min_tokens is None else ())
+    return attach(model, config, found, layers, trained if min_tokens is None else ())
 
 
 def _locate(
@@ -202,13 +202,13 @@ def _check_description(description: Mapping[str, Any], path: Path, model: nn.Mod
     return config, layers
 
 
-def _choose_saved(layers: list[str], findings: list[Finding], path: Path) -> list[Finding]:
-    convertible = {finding.name: finding for finding in findings if finding.reason is None}
+def _choose_saved(layers: list[str], found: list[LayerInfo], path: Path) -> list[LayerInfo]:
+    convertible = {info.name: info for info in found if info.reason is None}
     unknown = [name for name in layers if name not in convertible]
     if unknown or not layers or len(set(layers)) != len(layers):
         problem = f"layer {unknown[0]!r:.200}, which this model cannot convert" if unknown else "no or repeated layers"
         raise ValueError(f"{path} lists {problem}: the file was changed, or upgrade flatten_diffusion.")
-    return [finding for finding in findings if finding.name in set(layers)]
+    return [info for info in found if info.name in set(layers)]
 
 
 def _fill(layers: Mapping[str, LayerMixer], tensors: Mapping[str, torch.Tensor], path: Path) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""One picture's tokens over several processes, for a whole converted transformer: see `Adapter.token_parallel`."""
+"""One image's tokens over several processes, for a whole converted transformer: see `Adapter.token_parallel`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ..mixers import pictures_of
-from ..models import survey
+from ..mixers import images_of
+from ..models import ARCHITECTURES, find_attention_layers
 from ..ops import even_rows
 from .handle import AdapterHandle
 
-# Class -> the module whose output is the picture's tokens, and the one whose output becomes a picture again. What lies
-# between looks at one token at a time, but for self-attention (and cross-attention, whose queries stand alone too).
-_BETWEEN = {
-    "DiTTransformer2DModel": ("pos_embed", "proj_out_2"),
-    "PixArtTransformer2DModel": ("pos_embed", "proj_out"),
-}
+_BETWEEN = {row.owner: row.between for row in ARCHITECTURES if row.between is not None}
 
 
 @contextmanager
@@ -39,7 +34,7 @@ def token_parallel(handle: AdapterHandle, group: Any) -> Iterator[nn.Module]:
     def rows() -> tuple[int, ...]:
         grid = layers[0].grid
         assert grid is not None, "the grid hook ran before"
-        return even_rows(pictures_of(grid)[0][1], dist.get_world_size(processes))
+        return even_rows(images_of(grid)[0][1], dist.get_world_size(processes))
 
     def take(module: nn.Module, args: Any, tokens: torch.Tensor) -> torch.Tensor:
         return _own_rows(tokens, rows(), dist.get_rank(processes))
@@ -71,7 +66,7 @@ def _check(handle: AdapterHandle) -> tuple[str, str]:
             raise ValueError(f"{path}: windows cannot be split over processes: convert with window=0.")
         if "split" not in mixer.mixer.supports:
             raise ValueError(f"{path}: {mixer.mixer.config.name} cannot be split over processes: choose another mixer.")
-    left = [row.name for row in survey(model) if row.reason is None and row.name not in handle.layers]
+    left = [row.name for row in find_attention_layers(model) if row.reason is None and row.name not in handle.layers]
     if left:
         raise ValueError(f"{left[0]} stayed softmax, which needs every token in one process: convert every layer.")
     return _BETWEEN[name]

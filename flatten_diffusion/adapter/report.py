@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..mixers import Grid, LayerMixer, count_tokens, describe_grid
-from ..models import AUTO, LAYER, MIXER, ConvertedLayer, Finding, Kind, heads_of, inner_dim_of, known_ratio, survey
+from ..models import (
+    AUTO,
+    LAYER,
+    MIXER,
+    ConvertedLayer,
+    Kind,
+    LayerInfo,
+    find_attention_layers,
+    heads_of,
+    inner_dim_of,
+    known_ratio,
+)
 from .handle import OURS, AdapterHandle, place_of
 
 
@@ -21,7 +32,7 @@ class LayerReport:
         reason: where its token grid comes from, or why it stays softmax.
         heads, head_dim: of the attention module; None where it does not say.
         grid: in tokens at the last converted forward pass: (height, width), (frames, height, width) for videos, or
-            one triple per picture where there are several; None before, or where the attention receives a picture and
+            one triple per image where there are several; None before, or where the attention receives a image and
             no grid needs keeping.
         time_ratio: time of the linear product over that of softmax at this grid, as measured on this device for
             `min_tokens="auto"`; above 1 where linear is the slower one. None where it was not measured.
@@ -77,15 +88,15 @@ def _cells(layer: LayerReport) -> tuple[str, str, str, str, str]:
 def report(handle: AdapterHandle) -> Report:
     """See `Adapter.report`."""
     rows = []
-    for finding in survey(handle.model):
-        attn: Any = finding.attn
+    for info in find_attention_layers(handle.model):
+        attn: Any = info.attn
         layer: ConvertedLayer | None = getattr(attn, LAYER, None)
         heads, head_dim = _shape(attn)
         rows.append(
             LayerReport(
-                name=finding.name,
+                name=info.name,
                 converted=layer is not None and isinstance(attn.processor, OURS),
-                reason=_reason(handle, finding, attn, layer),
+                reason=_reason(handle, info, attn, layer),
                 heads=heads,
                 head_dim=head_dim,
                 grid=None if layer is None else layer.last_grid,
@@ -104,9 +115,9 @@ def _shape(attn: Any) -> tuple[int | None, int | None]:
         return getattr(attn, "heads", None), None
 
 
-def _reason(handle: AdapterHandle, finding: Finding, attn: Any, layer: ConvertedLayer | None) -> str:
+def _reason(handle: AdapterHandle, info: LayerInfo, attn: Any, layer: ConvertedLayer | None) -> str:
     if layer is None:
-        return finding.reason or finding.offered or "not selected by include and exclude"
+        return info.reason or info.offered or "not selected by include and exclude"
     if not isinstance(attn.processor, OURS):
         return f"its processor was replaced by {type(attn.processor).__name__} after the conversion"
     mixer: LayerMixer = getattr(attn, MIXER)
@@ -114,9 +125,9 @@ def _reason(handle: AdapterHandle, finding: Finding, attn: Any, layer: Converted
     if mixer.window is not None:
         text += f" beyond windows of {mixer.window.size}"
     if mixer.text is not None:
-        text += " within the picture, softmax to and from other tokens"
+        text += " within the image, softmax to and from other tokens"
     if "grid" in mixer.needs:
-        text += f", grid from {finding.family.owner if finding.family else ''}"
+        text += f", grid from {info.architecture.owner if info.architecture else ''}"
     if layer.min_tokens:
         text += f", softmax below {layer.min_tokens} tokens" + (" (measured)" if layer.auto else "")
     elif handle.config.min_tokens == AUTO and not layer.auto:

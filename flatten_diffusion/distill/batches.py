@@ -51,7 +51,7 @@ def generator_of(seed: int, stage: str, step: int) -> torch.Generator:
 
 
 class BatchPlan:
-    """The examples of every step: each epoch shows all of them, shuffled, in batches of one picture size.
+    """The examples of every step: each epoch shows all of them, shuffled, in batches of one image size.
 
     The last batch of a size is filled up from the beginning of that size's order, so that none is left out.
 

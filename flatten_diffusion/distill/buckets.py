@@ -1,4 +1,4 @@
-"""Picture sizes that share a batch: each picture goes to the bucket whose aspect ratio is nearest to its own."""
+"""Image sizes that share a batch: each image goes to the bucket whose aspect ratio is nearest to its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Size = tuple[int, int]
 """(height, width) in pixels."""
 
 LARGEST_SIDE = 16384
-"""Pixels; larger pictures are taken for a slip."""
+"""Pixels; larger images are taken for a slip."""
 
 
 def make_buckets(resolution: int, step: int, widest: float = 2.0) -> list[Size]:

@@ -24,7 +24,7 @@ from .buckets import Size, check_sizes, nearest_bucket, parse_sizes, to_pixels
 from .conditioning import Conditioning, encode_null, encode_prompts, encode_shared, family_of
 from .denoiser_call import sampling_shift
 from .identity import component_digest, pipeline_settings
-from .latents import check_pipeline, draw_latents, encode_pictures
+from .latents import check_pipeline, draw_latents, encode_images
 from .sources import Example
 
 logger = logging.get_logger(__name__)
@@ -38,10 +38,10 @@ class CacheSettings:
     """What a cache depends on besides the examples and the pipeline.
 
     Attributes:
-        buckets: (height, width) in pixels; each picture goes to the nearest aspect ratio, drawn ones take turns.
-        draw_steps, guidance_scale, seed: how the teacher draws latents for prompts without pictures.
+        buckets: (height, width) in pixels; each image goes to the nearest aspect ratio, drawn ones take turns.
+        draw_steps, guidance_scale, seed: how the teacher draws latents for prompts without images.
         shard_size: examples per file.
-        batch_size: pictures encoded or drawn at once.
+        batch_size: images encoded or drawn at once.
     """
 
     buckets: tuple[Size, ...]
@@ -63,7 +63,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         sizes: (height, width) in pixels of each example.
         null: per size, the conditioning of the empty prompt (one row), and what all prompts have in common.
         shifts: per size, where the pipeline shifts its timesteps by the size, by how much.
-        broken: "name: reason" of every picture that was skipped.
+        broken: "name: reason" of every image that was skipped.
         identity: a digest of all that it holds.
 
     Raises:
@@ -75,32 +75,27 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         self.sizes: list[Size] = []
         self.broken: list[str] = []
         self.null: dict[Size, Conditioning] = {}
-        self.shifts: dict[Size, float] = {}
         self._rows: list[tuple[Path, str, int]] = []
         self._open: dict[Path, Any] = {}
         digests = [self._add(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         if not self._rows:
             shown = "; ".join(self.broken[:3])
-            raise ValueError(f"None of the {len(self.broken)} pictures can be read ({shown}): check the data.")
-        null, _ = read_tensors(folder / _NULL)
-        for key, tensor in null.items():
+            raise ValueError(f"None of the {len(self.broken)} images can be read ({shown}): check the data.")
+        tensors, _ = read_tensors(folder / _NULL)
+        for key, tensor in tensors.items():
             bucket, _, name = key.partition("/")
-            if name == _SHIFT:
-                self.shifts[parse_sizes(bucket)[0]] = tensor.item()
-            else:
-                self.null.setdefault(parse_sizes(bucket)[0], {})[name] = tensor
-        self.identity = sha256_of_tensors(null, " ".join(digests))
+            self.null.setdefault(parse_sizes(bucket)[0], {})[name] = tensor
+        shifted = [size for size, null in self.null.items() if _SHIFT in null]
+        self.shifts: dict[Size, float] = {size: self.null[size].pop(_SHIFT).item() for size in shifted}
+        self.identity = sha256_of_tensors(tensors, " ".join(digests))
 
     def _add(self, path: Path) -> str:
         """Take up a shard; its checksum."""
         with safe_open(path, framework="pt") as file:
             broken, checksum = read_header(file)
             rows = []
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                bucket, _, name = key.partition("/")
-                if name == _INDEX:
-                    indices = file.get_tensor(key).tolist()
-                    rows += [(index, bucket, row) for row, index in enumerate(indices)]
+            for key in (key for key in file.keys() if key.endswith(f"/{_INDEX}")):  # noqa: SIM118 (not a dict)
+                rows += [(index, key.partition("/")[0], row) for row, index in enumerate(file.get_tensor(key).tolist())]
         self.broken += parse_json(broken, str(path))
         for _, bucket, row in sorted(rows):
             self._rows.append((path, bucket, row))
@@ -128,16 +123,12 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         if not 0 < held_out < len(self):
             raise ValueError(f"{held_out} held-out examples of {len(self)}: keep at least one on each side.")
         chosen = {index * len(self) // held_out for index in range(held_out)}
-        return (
-            self._subset([i for i in range(len(self)) if i not in chosen]),
-            self._subset(sorted(chosen)),
-        )
+        return (self._subset([i for i in range(len(self)) if i not in chosen]), self._subset(sorted(chosen)))
 
     def _subset(self, indices: Sequence[int]) -> LatentCache:
         part = copy(self)
         part.sizes = [self.sizes[i] for i in indices]
-        part._rows = [self._rows[i] for i in indices]
-        part._open = {}
+        part._rows, part._open = [self._rows[i] for i in indices], {}  # noqa: SLF001 (its own)
         return part
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,9 +160,9 @@ def build_cache(
     """
     check_pipeline(type(pipeline))
     if not examples:
-        raise ValueError("There are no examples: pass pictures or prompts.")
+        raise ValueError("There are no examples: pass images or prompts.")
     if family_of(model).recorded and any(example.open is not None for example in examples):
-        raise ValueError(f"{type(model).__name__} is distilled from what it draws itself: pass prompts, not pictures.")
+        raise ValueError(f"{type(model).__name__} is distilled from what it draws itself: pass prompts, not images.")
     if any(example.open is None for example in examples) and any(isinstance(part, Mixer) for part in model.modules()):
         raise ValueError("The model is converted already and would draw as the student: build the cache first.")
     folder = Path(cache_dir) / f"latents-{fingerprint(pipeline, model, examples, settings)}"
@@ -193,7 +184,7 @@ def build_cache(
     wait()
     cache = LatentCache(folder)
     if cache.broken and process_index == 0:
-        logger.warning(f"{len(cache.broken)} of {len(examples)} pictures skipped: {'; '.join(cache.broken[:10])}")
+        logger.warning(f"{len(cache.broken)} of {len(examples)} images skipped: {'; '.join(cache.broken[:10])}")
     return cache
 
 
@@ -240,38 +231,30 @@ def _write_shard(
     for size, members in grouped.items():
         for start in range(0, len(members), settings.batch_size):
             batch = members[start : start + settings.batch_size]
-            latents = _latents(pipeline, model, batch, size, settings)
+            captions, indices = [example.caption for _, example, _ in batch], [index for index, _, _ in batch]
+            pictures = [pixels for _, _, pixels in batch if pixels is not None]
+            if pictures:
+                latents = encode_images(pipeline, torch.stack(pictures))
+            else:
+                how = (size, settings.draw_steps, settings.guidance_scale)
+                latents = draw_latents(pipeline, model, captions, [settings.seed + index for index in indices], *how)
             finite = latents.flatten(1).isfinite().all(1)
             broken += [f"{batch[row][1].name}: its latents are not finite" for row in (~finite).nonzero().flatten()]
-            tensors = {_LATENTS: latents, _INDEX: torch.tensor([index for index, _, _ in batch])}
-            tensors.update(encode_prompts(pipeline, model, [example.caption for _, example, _ in batch], size))
+            tensors = {_LATENTS: latents, _INDEX: torch.tensor(indices)}
+            tensors.update(encode_prompts(pipeline, model, captions, size))
             for name, tensor in tensors.items():
                 columns.setdefault(f"{size[0]}x{size[1]}/{name}", []).append(tensor[finite])
     write_tensors(path, {name: _compact(torch.cat(rows)) for name, rows in columns.items()}, json.dumps(broken))
 
 
 def _size_and_pixels(example: Example, index: int, buckets: Sequence[Size]) -> tuple[Size, torch.Tensor | None]:
-    """The bucket that an example goes to, and its picture, None where the teacher draws it."""
+    """The bucket that an example goes to, and its image, None where the teacher draws it."""
     if example.open is None:
         return buckets[index % len(buckets)], None
     with example.open() as image:
         picture = to_rgb(image)
     size = nearest_bucket((picture.height, picture.width), buckets)
     return size, to_pixels(picture, size)
-
-
-def _latents(
-    pipeline: Any,
-    model: nn.Module,
-    batch: list[tuple[int, Example, torch.Tensor | None]],
-    size: Size,
-    settings: CacheSettings,
-) -> torch.Tensor:
-    pictures = [pixels for _, _, pixels in batch if pixels is not None]
-    if pictures:
-        return encode_pictures(pipeline, torch.stack(pictures))
-    captions, seeds = [example.caption for _, example, _ in batch], [settings.seed + index for index, _, _ in batch]
-    return draw_latents(pipeline, model, captions, seeds, size, settings.draw_steps, settings.guidance_scale)
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:

@@ -49,11 +49,11 @@ class LayerCapture:
     Attributes:
         name, attn: the layer.
         args, kwargs: what its `forward` was given.
-        output: the teacher's output, in the shape of the layer's input; joint layers with one stream for the picture
+        output: the teacher's output, in the shape of the layer's input; joint layers with one stream for the image
             and one for the text: both, one behind the other along the tokens.
         rows: [B, R, C], what the teacher's attention gives the output projection (`mixed` where the layer has none);
-            rows of the text are among them where picture and text share the projection.
-        mixed: [B, N, C], the teacher's attention product at the picture's queries.
+            rows of the text are among them where image and text share the projection.
+        mixed: [B, N, C], the teacher's attention product at the image's queries.
         weights: what the samples count.
     """
 
@@ -145,7 +145,7 @@ class LayerCapture:
 
     @property
     def product(self) -> torch.Tensor:
-        """[B, N, H, D], float32: the teacher's attention product at the picture's queries."""
+        """[B, N, H, D], float32: the teacher's attention product at the image's queries."""
         return self.mixed.float().reshape(self.inputs.query.shape)
 
     def target(self) -> torch.Tensor:
@@ -213,8 +213,8 @@ def capture_teacher(
 
     def hand_over(name: str, layer: ConvertedLayer, products: list[torch.Tensor]) -> Callable[..., None]:
         def hook(attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            # Hand-written processors run the native one untouched, with the picture alone in their rows.
-            found = [_picture_rows(layer, product) for product in products]
+            # Hand-written processors run the native one untouched, with the image alone in their rows.
+            found = [_image_rows(layer, product) for product in products]
             products.clear()
             mixed = torch.cat(found).flatten(2) if found else rows[name]
             counts = Weights(mixed.new_ones(len(mixed), dtype=torch.float32).cpu()) if weights is None else weights
@@ -249,8 +249,8 @@ def _one_tensor(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor
     return torch.cat([part for part in output if part.shape[-1] == output[0].shape[-1]], dim=-2)
 
 
-def _picture_rows(layer: ConvertedLayer, product: torch.Tensor) -> torch.Tensor:
-    """The picture's queries of a layer's product [B, N, H, D]."""
+def _image_rows(layer: ConvertedLayer, product: torch.Tensor) -> torch.Tensor:
+    """The image's queries of a layer's product [B, N, H, D]."""
     if layer.place == "alone" or layer.grid is None:
         return product
     return split_of(layer, product.shape[1], product.shape[1]).queries(product)[0]
@@ -280,7 +280,7 @@ class FeatureTap:
 
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(attn: nn.Module, args: tuple[Any, ...], output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-            # Joint attention answers (picture, text); where text comes out, softmax stayed.
+            # Joint attention answers (image, text); where text comes out, softmax stayed.
             self.outputs[name] = output[0] if isinstance(output, tuple) else output
 
         return hook

@@ -124,11 +124,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def _encode_recorded(pipeline: Any, model: Any, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
-    return record_rows(pipeline, model, prompts, size)
-
-
-_RECORDED = Family(_encode_recorded, recorded=True)
+_RECORDED = Family(record_rows, recorded=True)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -145,7 +141,7 @@ def family_of(model: nn.Module) -> Family:
 
 @torch.no_grad()
 def encode_prompts(pipeline: Any, model: nn.Module, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
-    """Conditioning of `prompts` for pictures of `size` (height, width) in pixels: CPU tensors, a row per prompt."""
+    """Conditioning of `prompts` for images of `size` (height, width) in pixels: CPU tensors, a row per prompt."""
     conditioning = family_of(model).encode(pipeline, model, prompts, size)
     return {name: tensor.detach().cpu() for name, tensor in conditioning.items()}
 
@@ -158,7 +154,7 @@ def encode_null(pipeline: Any, model: nn.Module, size: tuple[int, int]) -> Condi
 
 
 def encode_shared(pipeline: Any, model: nn.Module, size: tuple[int, int]) -> Conditioning:
-    """What all prompts have in common for pictures of `size`; empty but for recorded families."""
+    """What all prompts have in common for images of `size`; empty but for recorded families."""
     return record_shared(pipeline, model, size) if family_of(model).recorded else {}
 
 

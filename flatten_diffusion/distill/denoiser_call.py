@@ -2,7 +2,7 @@
 
 For model classes without a row in `conditioning.FAMILIES`. The pipeline is started on the prompts, unguided, and
 stopped at its denoiser; what the denoiser was given beside the noisy sample and the timestep is the conditioning. What
-grows with the number of prompts is kept per sample, the rest (positions, rotary tables, sizes) once per picture size.
+grows with the number of prompts is kept per sample, the rest (positions, rotary tables, sizes) once per image size.
 The latents stay in the layout that the denoiser takes, so only data that the teacher draws itself can be used.
 """
 
@@ -20,7 +20,7 @@ from .buckets import Size
 
 Conditioning = dict[str, torch.Tensor]
 SHARED = "shared:"
-"""Prefix of what all samples of one picture size have in common."""
+"""Prefix of what all samples of one image size have in common."""
 _TIMESTEP = f"{SHARED}timestep map"
 _SCALARS = {"bool": bool, "int": int, "float": float}
 
@@ -104,7 +104,7 @@ def draw_recorded(
 
 @torch.no_grad()
 def sampling_shift(pipeline: Any, model: nn.Module, size: Size) -> float | None:
-    """By how much the pipeline itself shifts its timesteps for pictures of `size`: s, where its median one is that of
+    """By how much the pipeline itself shifts its timesteps for images of `size`: s, where its median one is that of
     s u / (1 + (s - 1) u) over u from 0 to 1. None where its scheduler does not look at the size."""
     if not pipeline.scheduler.config.get("use_dynamic_shifting"):
         return None
@@ -132,7 +132,7 @@ def _find_layout(pipeline: Any, model: nn.Module, size: Size) -> tuple[list[str]
     sample, timestep = sample_name(model), _timestep_name(model)
     rows, shared = [], {}
     for name, tensor in first.items():
-        if name == sample or name == timestep:
+        if name in (sample, timestep):
             continue
         if double[name].shape == tensor.shape:
             shared[SHARED + name] = tensor
@@ -213,11 +213,10 @@ def _nest(flat: Conditioning) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, tensor in flat.items():
         *parents, leaf = path.split("/")
+        value: Any = tensor
         if leaf in _SCALARS:
+            value = _SCALARS[leaf](tensor.item())
             *parents, leaf = parents
-            value: Any = _SCALARS[path.rpartition("/")[2]](tensor.item())
-        else:
-            value = tensor
         node = tree
         for part in parents:
             node = node.setdefault(part, {})

@@ -22,7 +22,7 @@ class Diffusion:
     Attributes:
         prediction: one of `PREDICTIONS`.
         steps: number of training timesteps.
-        shift: of timesteps towards noise; None where the scheduler leaves it to the picture's size.
+        shift: of timesteps towards noise; None where the scheduler leaves it to the image's size.
 
     Raises:
         ValueError: a scheduler that says neither, that counts from noise to data, or a prediction type this does not
@@ -53,7 +53,7 @@ class Diffusion:
         """[count] timesteps as the model takes them, stratified: one in each count-th of the range, shuffled.
 
         int64 for diffusion, float32 (1000 s, with s in (0, 1]) for flow matching, shifted by `shift` where the
-        scheduler leaves that to the picture's size (see `denoiser_call.sampling_shift`).
+        scheduler leaves that to the image's size (see `denoiser_call.sampling_shift`).
 
         Raises:
             ValueError: such a scheduler, and no `shift`.
@@ -64,7 +64,7 @@ class Diffusion:
             return (share * self.steps).long().clamp(max=self.steps - 1)
         share, shift = share.clamp(min=1e-3), shift if self.shift is None else self.shift
         if shift is None:
-            raise ValueError("The scheduler shifts timesteps by the picture's size: pass `shift`.")
+            raise ValueError("The scheduler shifts timesteps by the image's size: pass `shift`.")
         return self.steps * shift * share / (1 + (shift - 1) * share)
 
     def identity(self) -> str:

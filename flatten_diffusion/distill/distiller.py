@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -250,10 +250,7 @@ class Distiller:
         factor = plan.schedule()
         compute = self._transfer_losses if stage == "transfer" else self._finetune_losses
         bar = tqdm(
-            total=plan.steps,
-            initial=self.progress.step,
-            desc=stage,
-            disable=not self.accelerator.is_local_main_process,
+            total=plan.steps, initial=self.progress.step, desc=stage, disable=not self.accelerator.is_local_main_process
         )
         while self.progress.step < plan.steps:
             for group in self.optimizer.param_groups:
@@ -278,7 +275,8 @@ class Distiller:
         self.optimizer.zero_grad()
         sums: dict[str, torch.Tensor] = {}
         for batch in batches:
-            with self._accumulation(), self.accelerator.autocast():
+            accumulation = self.accelerator.accumulate(self.objective.network) if self._sharded else nullcontext()
+            with accumulation, self.accelerator.autocast():
                 losses = compute(batch)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.double() / len(batches)
@@ -311,28 +309,16 @@ class Distiller:
         self.optimizer.step()
         return True
 
-    def _accumulation(self) -> AbstractContextManager[Any]:
-        return self.accelerator.accumulate(self.objective.network) if self._sharded else nullcontext()
-
     def _transfer_losses(self, batch: NoisyBatch) -> dict[str, torch.Tensor]:
-        scale = 1 / self.settings.gradient_accumulation_steps
-        losses = transfer_step(self.adapter, lambda: self._run(batch), lambda loss: self._backward(loss * scale))
+        losses = transfer_step(self.adapter, lambda: self._run(batch), self.accelerator.backward)
         if not losses:
             raise ValueError("No layer of this model runs linear at this size: lower min_tokens or train larger.")
         return {"loss": torch.stack(list(losses.values())).mean()}
 
     def _finetune_losses(self, batch: NoisyBatch) -> dict[str, torch.Tensor]:
         loss, parts = self.objective.loss(batch)
-        self._backward(loss / self.settings.gradient_accumulation_steps)
+        self.accelerator.backward(loss)
         return {"loss": loss.detach(), **parts}
-
-    def _backward(self, loss: torch.Tensor) -> None:
-        if self._sharded:
-            self.accelerator.backward(loss)
-        elif self.accelerator.scaler is not None:
-            self.accelerator.scaler.scale(loss).backward()
-        else:
-            loss.backward()
 
     def _run(self, batch: NoisyBatch) -> torch.Tensor:
         with self.accelerator.autocast():
@@ -355,10 +341,10 @@ class Distiller:
         optimizer = torch.optim.AdamW(
             parameters, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=self.settings.adam_weight_decay
         )
+        self.accelerator.gradient_accumulation_steps = self.settings.gradient_accumulation_steps  # backward() divides
         if self._sharded:
             if stage == "transfer":
                 raise ValueError("Transfer needs whole layers in each process: run it without FSDP or DeepSpeed first.")
-            self.accelerator.gradient_accumulation_steps = self.settings.gradient_accumulation_steps
             self.objective.network, self.optimizer = self.accelerator.prepare(self.adapter.model, optimizer)
         else:
             self.optimizer = optimizer  # no wrapper: an adapter's gradients are a few MB, averaged in one go
@@ -393,7 +379,7 @@ class Distiller:
             if not parameter.isfinite().all():
                 return f"{name} is not finite; lower the learning rate and resume from an earlier checkpoint"
         if not batch.noisy.isfinite().all():
-            return "the latents are not finite; delete the cache and check the pictures"
+            return "the latents are not finite; delete the cache and check the images"
         with torch.no_grad(), self.accelerator.autocast():
             if not self.objective.teacher(batch).isfinite().all():
                 return "the teacher's own prediction is not finite; train in bfloat16 or float32"
@@ -431,8 +417,9 @@ class Distiller:
         """One line of history.jsonl, then `on_step`."""
         if self.output_dir is not None and self.accelerator.is_main_process:
             row = {"stage": self.progress.stage, "step": self.progress.step, "total": self.progress.total_steps}
+            finite = {name: value if math.isfinite(value) else None for name, value in losses.items()}
             with (self.output_dir / _HISTORY).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, **{name: _json_number(x) for name, x in losses.items()}}) + "\n")
+                file.write(json.dumps({**row, **finite}) + "\n")
         if self.on_step is not None:
             self.on_step(self, losses)
 
@@ -444,8 +431,7 @@ class Distiller:
             raise FloatingPointError(f"{self.progress.where}: {bad[0]} is not finite: {_REMEDY}.")
         if self.output_dir is None:
             return
-        tensors.update(self._optimizer_tensors())
-        tensors.update({name: _whole(tensor) for name, tensor in self._averages().items()})
+        tensors.update({name: _whole(tensor) for name, tensor in self._running().items()})
         scaler = self.accelerator.scaler
         state = {
             "progress": asdict(self.progress),
@@ -459,21 +445,15 @@ class Distiller:
             save_checkpoint(self.output_dir, number, tensors, state, self.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
-    def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        if self.optimizer is None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return {}
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return {
-            f"optimizer/{name}/{key}": _whole(value)
-            for name, parameter in self.adapter.named_parameters()
-            for key, value in inner.state.get(parameter, {}).items()
-        }
-
-    def _averages(self) -> dict[str, torch.Tensor]:
-        if self.ema is None:
-            return {}
-        names = [f"ema/{name}" for name, _ in self.adapter.named_parameters()]
-        return dict(zip(names, self.ema.shadow_params, strict=True))
+    def _running(self) -> dict[str, torch.Tensor]:
+        """What a stage under way has beside the adapter: the optimizer's state and the average."""
+        tensors, named = {}, list(self.adapter.named_parameters())
+        if self.optimizer is not None and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            state = getattr(self.optimizer, "optimizer", self.optimizer).state
+            for name, parameter in named:
+                tensors.update({f"optimizer/{name}/{key}": value for key, value in state.get(parameter, {}).items()})
+        averages = [] if self.ema is None else self.ema.shadow_params
+        return {**tensors, **{f"ema/{name}": average for (name, _), average in zip(named, averages, strict=False)}}
 
     def _restore_progress(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.state["settings"]
@@ -503,8 +483,8 @@ class Distiller:
                     }
         if self.ema is not None:
             self.ema.optimization_step = checkpoint.state["ema_steps"]
-            for name, average in self._averages().items():
-                average.copy_(_like(checkpoint.tensors[name], average))
+            for (name, _), average in zip(self.adapter.named_parameters(), self.ema.shadow_params, strict=True):
+                average.copy_(_like(checkpoint.tensors[f"ema/{name}"], average))
         if self.accelerator.scaler is not None and checkpoint.state["scaler"]:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
 
@@ -540,10 +520,6 @@ class Distiller:
 
 _HISTORY = "history.jsonl"
 _REMEDY = "lower the learning rate, or train in bfloat16 or float32"
-
-
-def _json_number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

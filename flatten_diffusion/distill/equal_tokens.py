@@ -1,4 +1,4 @@
-"""Equal text tokens fed as one: exact, and far less work where pictures are small.
+"""Equal text tokens fed as one: exact, and far less work where images are small.
 
 StableDiffusion3Pipeline without its T5 encoder hands the transformer 256 zero tokens at the end of its text. They are
 equal and have no positions, so they stay equal in every block: one of them, counted as often as it stands there

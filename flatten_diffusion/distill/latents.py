@@ -1,4 +1,4 @@
-"""Pictures into the latents that a denoiser is trained on, and latents that the teacher draws itself."""
+"""Images into the latents that a denoiser is trained on, and latents that the teacher draws itself."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ from .conditioning import encode_prompts, family_of, unpack_latents
 from .denoiser_call import draw_recorded
 
 _MORE_THAN_A_PROMPT = frozenset(
-    "strength mask_image image_embeds image_guidance_scale control_image control_video controlnet_conditioning_scale "
-    "reference_image".split()
+    [
+        "strength",
+        "mask_image",
+        "image_embeds",
+        "image_guidance_scale",
+        "control_image",
+        "control_video",
+        "controlnet_conditioning_scale",
+        "reference_image",
+    ]
 )
 
 
 def check_pipeline(cls: type) -> None:
-    """Raise ValueError for pipelines that take a picture, a mask or a control beside the prompt."""
+    """Raise ValueError for pipelines that take a image, a mask or a control beside the prompt."""
     accepted = set(inspect.signature(cls.__call__).parameters)
-    unet = "unet" in inspect.signature(cls).parameters  # newer transformers take optional pictures for reference
+    unet = "unet" in inspect.signature(cls).parameters  # newer transformers take optional images for reference
     found = sorted(accepted & _MORE_THAN_A_PROMPT) or (["image"] if unet and "image" in accepted else [])
     if found:
         raise ValueError(
@@ -32,7 +40,7 @@ def check_pipeline(cls: type) -> None:
 
 
 def pixels_per_token_step(pipeline: Any, model: nn.Module) -> int:
-    """What both picture sides must be a multiple of, for this pipeline's autoencoder, patches and U-Net levels."""
+    """What both image sides must be a multiple of, for this pipeline's autoencoder, patches and U-Net levels."""
     config: Any = model.config
     vae = getattr(pipeline, "vae", None)
     factor = 1 if vae is None else _compression(pipeline, vae)
@@ -49,7 +57,7 @@ def _compression(pipeline: Any, vae: Any) -> int:
 
 
 @torch.no_grad()
-def encode_pictures(pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
+def encode_images(pipeline: Any, pixels: torch.Tensor) -> torch.Tensor:
     """[B, 3, H, W] in [-1, 1] -> scaled latents [B, C, h, w], float32 on CPU; the pixels where there is no VAE."""
     vae = getattr(pipeline, "vae", None)
     if vae is None:
@@ -115,4 +123,4 @@ def draw_latents(
             latents = unpack_latents(latents, (size[0] // step, size[1] // step))
         return latents.float().cpu()
     pictures = torch.from_numpy(pipeline(**arguments, output_type="np").images).permute(0, 3, 1, 2)
-    return encode_pictures(pipeline, pictures * 2 - 1)
+    return encode_images(pipeline, pictures * 2 - 1)

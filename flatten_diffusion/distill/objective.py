@@ -79,14 +79,17 @@ class Objective:
             wanted = self.teacher(batch) if needs_teacher else None
         with FeatureTap(self.adapter) as student_features:
             answer = self.student(batch)
-        per_sample = self._timestep_weights(batch)
+        per_sample = torch.ones(len(batch), device=batch.noisy.device)
+        if weights.min_snr_gamma is not None:
+            per_sample = self.diffusion.snr_weights(batch.timesteps, weights.min_snr_gamma)
         if weights.teacher > 0 and wanted is not None:
             parts["teacher"] = _weighted(answer - wanted, per_sample)
         if weights.target > 0:
             # A learned variance follows the mean in the channels and has no target of its own.
             parts["target"] = _weighted(answer[:, : batch.target.shape[1]] - batch.target, per_sample)
         if weights.features > 0:
-            parts["features"] = _feature_loss(student_features.outputs, teacher_features.outputs)
+            found, wanted_of = student_features.outputs, teacher_features.outputs
+            parts["features"] = torch.stack([relative_error(found[name], wanted_of[name]) for name in wanted_of]).mean()
         if weights.guided > 0:
             parts["guided"] = self._guided(batch, per_sample)
         total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
@@ -109,19 +112,9 @@ class Objective:
             wanted = guided()
         return _weighted(guided() - wanted, per_sample) / scale**2
 
-    def _timestep_weights(self, batch: NoisyBatch) -> torch.Tensor:
-        if self.weights.min_snr_gamma is None:
-            return torch.ones(len(batch), device=batch.noisy.device)
-        return self.diffusion.snr_weights(batch.timesteps, self.weights.min_snr_gamma)
-
 
 def _weighted(error: torch.Tensor, per_sample: torch.Tensor) -> torch.Tensor:
     return (error.square().flatten(1).mean(1) * per_sample).mean()
-
-
-def _feature_loss(student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]) -> torch.Tensor:
-    losses = [relative_error(student[name], wanted) for name, wanted in teacher.items()]
-    return torch.stack(losses).mean()
 
 
 def relative_error(answer: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

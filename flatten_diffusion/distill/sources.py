@@ -1,4 +1,4 @@
-"""Where training pictures come from: a folder, a Hub dataset, or nothing but prompts. Listed here, opened later."""
+"""Where training images come from: a folder, a Hub dataset, or nothing but prompts. Listed here, opened later."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Example:
-    """One caption and, unless the teacher draws it, its picture.
+    """One caption and, unless the teacher draws it, its image.
 
     Attributes:
         name: for messages and the fingerprint.
         caption: "" where there is none.
-        stamp: changes when the picture does.
-        open: loads the picture; None where the teacher draws it.
+        stamp: changes when the image does.
+        open: loads the image; None where the teacher draws it.
     """
 
     name: str
@@ -35,16 +35,12 @@ class Example:
 
 
 def image_folder(
-    folder: str | Path,
-    *,
-    image_column: str = "file_name",
-    caption_column: str = "text",
-    max_samples: int | None = None,
+    folder: str | Path, *, image_column: str = "file_name", caption_column: str = "text", max_samples: int | None = None
 ) -> list[Example]:
-    """Pictures below `folder`, captioned by metadata files in it or its subfolders, else by a .txt file beside each.
+    """Images below `folder`, captioned by metadata files in it or its subfolders, else by a .txt file beside each.
 
     What metadata lists comes first, once per line, missing files too (they are named when the cache is built); then
-    the other pictures in name order. Hidden files and folders do not count, and neither does what is no plain file.
+    the other images in name order. Hidden files and folders do not count, and neither does what is no plain file.
 
     Args:
         folder: searched in all its subfolders.
@@ -54,13 +50,13 @@ def image_folder(
 
     Raises:
         NotADirectoryError: no such folder.
-        ValueError: no picture in it; metadata that cannot be read, that lacks a column, or twice for one folder or
-            picture; a caption that is no UTF-8 text.
+        ValueError: no image in it; metadata that cannot be read, that lacks a column, or twice for one folder or
+            image; a caption that is no UTF-8 text.
         ImportError: metadata.parquet without pyarrow.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise NotADirectoryError(f"{root} is no folder: pass one with pictures.")
+        raise NotADirectoryError(f"{root} is no folder: pass one with images.")
     files = sorted(path for path in root.rglob("*") if path.is_file() and not is_hidden(path, root))
     listed: list[tuple[Path, str]] = []
     source: dict[Path, Path] = {}
@@ -73,7 +69,7 @@ def image_folder(
     pictures = (path for path in files if path.suffix.lower() in SUFFIXES and path not in source)
     listed += [(path, _caption_beside(path)) for path in pictures]
     if not listed:
-        raise ValueError(f"{root} holds no pictures: pass a folder with {', '.join(sorted(SUFFIXES))} files.")
+        raise ValueError(f"{root} holds no images: pass a folder with {', '.join(sorted(SUFFIXES))} files.")
     return _counted([_file_example(root, path, caption) for path, caption in listed[:max_samples]], str(root))
 
 
@@ -116,7 +112,7 @@ def hub_dataset(
 
 
 def prompt_file(path: str | Path, max_samples: int | None = None) -> list[Example]:
-    """One prompt per line; the teacher draws the pictures. Blank lines are left out.
+    """One prompt per line; the teacher draws the images. Blank lines are left out.
 
     Raises:
         FileNotFoundError: no such file.
@@ -133,7 +129,7 @@ def prompt_file(path: str | Path, max_samples: int | None = None) -> list[Exampl
 
 
 def prompts_as_examples(prompts: Sequence[str]) -> list[Example]:
-    """Examples whose pictures the teacher draws."""
+    """Examples whose images the teacher draws."""
     return [Example(f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
 
 
@@ -142,7 +138,7 @@ def _counted(examples: list[Example], source: str) -> list[Example]:
     missing = sum(not example.caption for example in examples)
     if missing:
         logger.warning(
-            f"{source}: {missing} of {len(examples)} pictures have no caption and are taken for the empty prompt's."
+            f"{source}: {missing} of {len(examples)} images have no caption and are taken for the empty prompt's."
         )
     return examples
 
@@ -171,5 +167,5 @@ def _open_file(path: Path) -> Image.Image:
 def _open_row(rows: Any, index: int, column: str) -> Image.Image:
     picture = rows[index][column]
     if not isinstance(picture, Image.Image):
-        raise ValueError(f"its {column!r} is {type(picture).__name__}, no picture")
+        raise ValueError(f"its {column!r} is {type(picture).__name__}, no image")
     return picture

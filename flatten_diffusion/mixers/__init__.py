@@ -4,7 +4,7 @@ from .agent import AgentAttention, AgentCalibration, AgentConfig
 from .base import Calibration, Context, LayerShape, Mixed, Mixer, MixerConfig
 from .calibration import CalibratedLayer, LayerCall, MixerInputs, Reduce, Statistic, Weights
 from .focused import FocusedCalibration, FocusedLinearAttention, FocusedLinearConfig
-from .grid import Grid, count_tokens, describe_grid, pictures_of
+from .grid import Grid, count_tokens, describe_grid, images_of
 from .layer import LayerMixer
 from .parts.deltas import PROJECTIONS, ProjectionDelta
 from .parts.feature_maps import FeatureMap, LayerChoice
@@ -48,10 +48,10 @@ __all__ = [
     "count_tokens",
     "create_mixer",
     "describe_grid",
+    "images_of",
     "list_mixers",
     "mixer_class",
     "mixer_config",
-    "pictures_of",
     "register_mixer",
     "seeded",
 ]

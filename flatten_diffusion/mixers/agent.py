@@ -11,7 +11,7 @@ from torch import nn
 
 from .base import Calibration, Context, LayerShape, Mixed, Mixer, MixerConfig
 from .calibration import CalibratedLayer, LayerCall, MixerInputs, Statistic
-from .grid import pictures_of
+from .grid import images_of
 from .parts.convolution import convolve, patch_moments, solve_convolution
 from .parts.least_squares import check_finite, in_full_precision, second_moments, solve_ridge, squared_errors
 from .registry import register_mixer
@@ -219,7 +219,7 @@ def _resized(table: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def _image(context: Context, query: torch.Tensor) -> tuple[int, int]:
     """(height, width) of the one image."""
-    pictures = [] if context.grid is None else pictures_of(context.grid)
+    pictures = [] if context.grid is None else images_of(context.grid)
     if len(pictures) != 1 or pictures[0][0] != 1:
         raise ValueError(f"Agent attention needs the grid of one image, not {context.grid}.")
     _, height, width = pictures[0]

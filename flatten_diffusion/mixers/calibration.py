@@ -34,6 +34,9 @@ class Weights:
         return self.roots(rows).expand(-1, rows.shape[1], -1).flatten(0, 1)
 
 
+NO_CONTEXT = Context()
+
+
 @dataclass(frozen=True)
 class MixerInputs:
     """What a mixer is given in one call, and what becomes of its answer.
@@ -48,7 +51,7 @@ class MixerInputs:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    context: Context = Context()
+    context: Context = NO_CONTEXT
     rest: torch.Tensor | None = None
     share: torch.Tensor | None = None
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..ops import even_rows, focused_linear_attention, split_focused_linear_attention
 from .base import Calibration, Context, LayerShape, Mixed, Mixer, MixerConfig
 from .calibration import CalibratedLayer, LayerCall, MixerInputs, Statistic, Sums
-from .grid import pictures_of
+from .grid import images_of
 from .parts.convolution import convolve, frames_of, patch_moments, solve_convolution
 from .parts.feature_maps import (
     FeatureMap,
@@ -155,7 +155,7 @@ class FocusedLinearAttention(Mixer):
         are split over processes.
         """
         grid, mask = context.grid, context.key_mask
-        pictures = pictures_of(grid) if self.conv_weight is not None and grid is not None else []
+        pictures = images_of(grid) if self.conv_weight is not None and grid is not None else []
         one_frame = len(pictures) < 2 and all(frames == 1 for frames, _, _ in pictures)
         if context.group is not None:
             if not one_frame:

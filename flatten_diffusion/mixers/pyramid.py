@@ -10,7 +10,7 @@ from torch import nn
 from ..ops.pyramid import Cells, pyramid_attention, pyramid_attention_reference
 from .base import Calibration, Context, LayerShape, Mixed, Mixer, MixerConfig
 from .calibration import CalibratedLayer, LayerCall, Statistic
-from .grid import pictures_of
+from .grid import images_of
 from .parts.convolution import convolve, patch_moments, solve_convolution
 from .registry import register_mixer
 
@@ -98,7 +98,7 @@ class PyramidAttention(Mixer):
             self._sharpened(query),
             key,
             value,
-            pictures_of(context.grid),
+            images_of(context.grid),
             self.config.cells,
             key_mask=context.key_mask,
             scale=context.scale,
@@ -108,7 +108,7 @@ class PyramidAttention(Mixer):
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> Mixed:
         """Window by window, in float64."""
         assert context.grid is not None, "its needs say so"
-        pictures, mask = pictures_of(context.grid), context.key_mask
+        pictures, mask = images_of(context.grid), context.key_mask
         attended, log_partition = pyramid_attention_reference(
             self._sharpened(query), key, value, pictures, self.config.cells, key_mask=mask, scale=context.scale
         )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..mixers import Context, Grid, JoinInputs, LayerMixer, OtherTokens, count_tokens, pictures_of
+from ..mixers import Context, Grid, JoinInputs, LayerMixer, OtherTokens, count_tokens, images_of
 from .layer import LAYER, MIXER, ConvertedLayer
 from .projections import SeenAttention
 
@@ -197,7 +197,7 @@ def unsupported(mixer: LayerMixer, grid: Grid | None, key_mask: torch.Tensor | N
     name = mixer.mixer.config.name
     if key_mask is not None and "mask" not in supports:
         return f"{name} takes no key mask"
-    pictures = [] if grid is None else pictures_of(grid)
+    pictures = [] if grid is None else images_of(grid)
     if len(pictures) > 1 and "images" not in supports:
         return f"{name} takes one image at a time"
     if any(frames > 1 for frames, _, _ in pictures) and "frames" not in supports:
@@ -237,12 +237,12 @@ def _joint(
     softmax: Softmax,
     hidden_states: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Picture queries: the mixer over the picture's keys, softmax over the others. Other queries: softmax over all."""
+    """Image queries: the mixer over the image's keys, softmax over the others. Other queries: softmax over all."""
     split = split_of(layer, query.shape[1], key.shape[1])
-    picture_query, other_query = split.queries(query)
-    picture_key, other_key = split.keys(key)
-    picture_value, other_value = split.keys(value)
-    picture_mask, other_mask = (None, None) if padding is None else split.keys(padding)
+    image_query, other_query = split.queries(query)
+    image_key, other_key = split.keys(key)
+    image_value, other_value = split.keys(value)
+    image_mask, other_mask = (None, None) if padding is None else split.keys(padding)
     if hidden_states is not None and hidden_states.shape[1] == query.shape[1]:
         hidden_states = split.queries(hidden_states)[0]
     counts, bias = layer.state.last_key_count, None
@@ -250,7 +250,7 @@ def _joint(
         bias = F.pad(_log_counts(counts), (other_key.shape[1] - 1, 0))
     others = OtherTokens(other_key, other_value, other_mask, bias)
     picture = mix(
-        layer, mixer, picture_query, picture_key, picture_value, layer.grid, picture_mask, scale, hidden_states, others
+        layer, mixer, image_query, image_key, image_value, layer.grid, image_mask, scale, hidden_states, others
     )
     if statically_known_true(other_query.shape[1] == 0):  # Mochi's number of text tokens is unknown to a graph
         return picture
@@ -262,11 +262,11 @@ def _joint(
 
 
 class Split:
-    """Which tokens of a sequence are the picture's, and which are not; ragged ones through an index.
+    """Which tokens of a sequence are the image's, and which are not; ragged ones through an index.
 
     Args:
-        picture: number of picture tokens; they stand before all others or, with `last`, after them.
-        starts: [B], each sample's first picture token, where samples differ in it; then `last` does not matter.
+        image: number of image tokens; they stand before all others or, with `last`, after them.
+        starts: [B], each sample's first image token, where samples differ in it; then `last` does not matter.
     """
 
     def __init__(self, picture: int, last: bool, starts: torch.Tensor | None = None) -> None:
@@ -275,7 +275,7 @@ class Split:
         self.starts = starts
 
     def queries(self, x: torch.Tensor, dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """The picture's part of x and the rest, along `dim`."""
+        """The image's part of x and the rest, along `dim`."""
         if self.starts is not None:
             x = _gather(x, self._order(x.shape[dim], self.starts), dim)
         others = x.shape[dim] - self.picture
@@ -293,7 +293,7 @@ class Split:
         return _gather(whole, self._order(whole.shape[1], self.starts).argsort(dim=1), 1)
 
     def _order(self, tokens: int, starts: torch.Tensor) -> torch.Tensor:
-        """[B, N]: the sequence position of each token once the picture stands first."""
+        """[B, N]: the sequence position of each token once the image stands first."""
         index = torch.arange(tokens, device=starts.device)[None]
         other = index - self.picture
         after = other >= starts[:, None]
@@ -308,10 +308,10 @@ def _gather(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def split_of(layer: ConvertedLayer, queries: int, keys: int) -> Split:
-    """How a joint layer's sequence divides. Raises RuntimeError when its picture tokens are unknown or do not fit."""
+    """How a joint layer's sequence divides. Raises RuntimeError when its image tokens are unknown or do not fit."""
     reading = layer.state.reading
     if reading is None or reading.grid is None:
-        raise RuntimeError(f"{layer.name}: which tokens are the picture's is unknown: call the whole model.")
+        raise RuntimeError(f"{layer.name}: which tokens are the image's is unknown: call the whole model.")
     picture = count_tokens(reading.grid)
     if picture > min(queries, keys):
         layer.grid_of(min(queries, keys))  # raises, with the sizes
@@ -319,7 +319,7 @@ def split_of(layer: ConvertedLayer, queries: int, keys: int) -> Split:
 
 
 def _key_padding(layer: ConvertedLayer, mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor | None:
-    """bool [B, M], True where a key counts for the picture's queries; None without a mask or for an arbitrary one."""
+    """bool [B, M], True where a key counts for the image's queries; None without a mask or for an arbitrary one."""
     if mask is None:
         return None
     batch, keys = key.shape[:2]

@@ -26,7 +26,7 @@ from .timing import UNMEASURED_TOKENS, Runs, Timings, find_crossover, known_timi
 AUTO = "auto"
 
 _TEXT_TOKENS = 256
-"""Beside the picture's in joint attention: most text encoders give 77 to 512."""
+"""Beside the image's in joint attention: most text encoders give 77 to 512."""
 
 
 class Kind(NamedTuple):
@@ -144,7 +144,7 @@ def _constant(
 
 
 def _first_activation(arguments: Iterable[Any]) -> torch.Tensor | None:
-    """The first picture or sequence among a model's inputs; timesteps and pooled vectors have fewer dimensions."""
+    """The first image or sequence among a model's inputs; timesteps and pooled vectors have fewer dimensions."""
     for argument in arguments:
         if isinstance(argument, (list, tuple)):
             argument = argument[0] if len(argument) > 0 else None

@@ -10,18 +10,18 @@ from torch import nn
 
 from ..mixers import Grid
 from .autotune import AutotuneHook
-from .layer import ConvertedLayer, Reading, Snapshot
+from .layer import ConvertedLayer, Snapshot, TokenLayout
 
-Read = Callable[..., "Grid | Reading"]
+Read = Callable[..., "Grid | TokenLayout"]
 
 
 class GridHook:
-    """Forward pre-hook of the module that sees a picture's size: writes it to the attention layers below.
+    """Forward pre-hook of the module that sees a image's size: writes it to the attention layers below.
 
     Args:
-        read: (module, *arguments) -> the grid of the tokens, or a `Reading`.
+        read: (module, *arguments) -> the grid of the tokens, or a `TokenLayout`.
         arguments: (name, place in `forward`) of the arguments that `read` wants.
-        layers: the converted layers that hold that picture.
+        layers: the converted layers that hold that image.
     """
 
     def __init__(self, read: Read, arguments: Sequence[tuple[str, int]], layers: Sequence[ConvertedLayer]) -> None:
@@ -33,7 +33,7 @@ class GridHook:
         if any(layer.enabled or layer.state.recorder is not None for layer in self.layers):
             values = [args[at] if len(args) > at else kwargs.get(name) for name, at in self.arguments]
             read = self.read(module, *values)
-            reading = read if isinstance(read, Reading) else Reading(read)
+            reading = read if isinstance(read, TokenLayout) else TokenLayout(read)
             for layer in self.layers:
                 layer.begin(reading)
         # A compiled graph has the grid inside and recomputes without Python: only eager checkpoints need replaying.

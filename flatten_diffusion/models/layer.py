@@ -22,7 +22,7 @@ MIXER = "flatten_mixer"
 """Submodule of a converted attention module: its `LayerMixer`; parameters follow `.to`, hooks and state_dict."""
 
 Place = Literal["alone", "first", "last"]
-"""Where a layer's picture tokens stand in its sequence: alone, before all others (text, registers), or after them."""
+"""Where a layer's image tokens stand in its sequence: alone, before all others (text, registers), or after them."""
 
 _PLAIN = AttnProcessor2_0()
 _FUSED = FusedAttnProcessor2_0()
@@ -30,16 +30,16 @@ _ADDED = AttnAddedKVProcessor2_0()
 _UNSCALED = AttnProcessor()
 
 
-class Reading:
+class TokenLayout:
     """What a forward pass says about a layer's tokens; read once per pass from the model's real input.
 
     Attributes:
-        grid: of the picture tokens in row-major order, see `flatten_diffusion.mixers.Grid`.
-        starts: [B], the sequence position of each sample's first picture token, where samples differ in it.
-        key_mask: bool [B, M] over the whole sequence, True where a key counts for the picture's queries; for models
+        grid: of the image tokens in row-major order, see `flatten_diffusion.mixers.Grid`.
+        starts: [B], the sequence position of each sample's first image token, where samples differ in it.
+        key_mask: bool [B, M] over the whole sequence, True where a key counts for the image's queries; for models
             that hand their attention an N x N mask made of it.
         softmax: why every call of this pass stays softmax; None otherwise.
-        keys: number of keys of the calls that hold the picture; calls with another number are those of other tokens
+        keys: number of keys of the calls that hold the image; calls with another number are those of other tokens
             alone (a causal prompt, say) and stay softmax. None where every call holds it.
     """
 
@@ -79,7 +79,7 @@ class PassState:
     """
 
     def __init__(self) -> None:
-        self.reading: Reading | None = None
+        self.reading: TokenLayout | None = None
         self.disabled = 0
         self.recorder: Recorder | None = None
         self.last_key_count: torch.Tensor | None = None
@@ -93,7 +93,7 @@ class PassState:
 class Snapshot(NamedTuple):
     """A layer's pass state at one moment, to run a block again as it ran."""
 
-    reading: Reading | None
+    reading: TokenLayout | None
     disabled: int
     last_key_count: torch.Tensor | None
 
@@ -108,10 +108,10 @@ class ConvertedLayer:
     Attributes:
         name: path of the attention module in its model.
         native: the processor object that the conversion replaced.
-        min_tokens: calls with fewer picture tokens stay softmax.
+        min_tokens: calls with fewer image tokens stay softmax.
         auto: `min_tokens` is a measured crossover, kept to the device and dtype of each pass by an `AutotuneHook`.
         group: the processes over which each call's tokens are split, see `Context.group`.
-        place: where the picture's tokens stand in the layer's sequence.
+        place: where the image's tokens stand in the layer's sequence.
         merged: the projection deltas are inside the base weights at the moment.
         last_grid, last_softmax: of the last pass, for reports: the grid, and why a call stayed softmax.
     """
@@ -139,7 +139,7 @@ class ConvertedLayer:
             return self._compiled
         return self._threads.get(threading.get_ident(), _OUTSIDE)
 
-    def begin(self, reading: Reading) -> None:
+    def begin(self, reading: TokenLayout) -> None:
         """A pass of this thread begins."""
         for state in self._own():
             state.reading = reading
@@ -196,12 +196,12 @@ class ConvertedLayer:
 
     @property
     def grid(self) -> Grid | None:
-        """Of the picture tokens of the running forward pass; None outside one."""
+        """Of the image tokens of the running forward pass; None outside one."""
         reading = self.state.reading
         return None if reading is None else reading.grid
 
     def grid_of(self, tokens: int) -> Grid:
-        """The grid of a call with `tokens` picture tokens. Raises RuntimeError when it is unknown or does not fit."""
+        """The grid of a call with `tokens` image tokens. Raises RuntimeError when it is unknown or does not fit."""
         grid = self.grid
         if grid is None:
             raise RuntimeError(
@@ -228,7 +228,7 @@ class ConvertedLayer:
     def stays_softmax(self, tokens: int) -> str | None:
         """Why a call stays softmax, as far as its size and the pass tell; None otherwise.
 
-        `tokens`: of the call, where the pass does not tell the picture's. Raises as `intercepts`.
+        `tokens`: of the call, where the pass does not tell the image's. Raises as `intercepts`.
         """
         state = self.state
         if state.disabled:

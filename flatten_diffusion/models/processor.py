@@ -43,7 +43,7 @@ class FocusedLinearAttnProcessor:
             (joint text-image attention, rotary embeddings).
     """
 
-    _settings: tuple[float, int | Literal["auto"], str] = (3.0, 0, "auto")
+    settings: tuple[float, int | Literal["auto"], str] = (3.0, 0, "auto")
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class FocusedLinearAttnProcessor:
         min_tokens: int | Literal["auto"] | None = None,
         backend: str | None = None,
     ) -> None:
-        known_factor, known_tokens, known_name = type(self)._settings
+        known_factor, known_tokens, known_name = type(self).settings
         factor = known_factor if focusing_factor is None else focusing_factor
         tokens = known_tokens if min_tokens is None else min_tokens
         name = known_name if backend is None else backend
@@ -61,13 +61,13 @@ class FocusedLinearAttnProcessor:
         if name not in BACKENDS:
             raise ValueError(f"Unknown backend {name!r}: choose one of {', '.join(BACKENDS)}.")
         self.min_tokens, self.backend = tokens, name
-        settings = (self.config.focusing_factor, tokens, name)
-        if settings != type(self)._settings:
+        given = (self.config.focusing_factor, tokens, name)
+        if given != type(self).settings:
             # `load_ip_adapter` makes processors anew as `type(processor)()`: the class has to know the settings.
-            self.__class__ = _class_with(settings)
+            self.__class__ = _class_with(given)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self._settings,)
+        return _unpickled, (self.settings,)
 
     @property
     def focusing_factor(self) -> float:
@@ -134,8 +134,8 @@ class FocusedLinearAttnProcessor:
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
-        picture_shape = hidden_states.shape if hidden_states.ndim == 4 else None
-        if picture_shape is not None:
+        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+        if image_shape is not None:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
@@ -147,7 +147,7 @@ class FocusedLinearAttnProcessor:
                 query, key, value, focusing_factor=self.focusing_factor, backend=self.backend
             )
         else:
-            grid = None if picture_shape is None else (picture_shape[2], picture_shape[3])
+            grid = None if image_shape is None else (image_shape[2], image_shape[3])
             mixed = (
                 value
                 if skips_scores(attn)
@@ -160,8 +160,8 @@ class FocusedLinearAttnProcessor:
         if "out" in deltas:
             hidden_states = hidden_states + deltas["out"](mixed)
         hidden_states = attn.to_out[1](hidden_states)
-        if picture_shape is not None:
-            hidden_states = hidden_states.transpose(-1, -2).reshape(picture_shape)
+        if image_shape is not None:
+            hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
@@ -186,7 +186,7 @@ class AdapterAttnProcessor(FocusedLinearAttnProcessor):
 def _class_with(settings: tuple[float, int | Literal["auto"], str]) -> type[FocusedLinearAttnProcessor]:
     """A subclass that is this processor with these settings when it is made without arguments."""
     base = FocusedLinearAttnProcessor
-    return type(base.__name__, (base,), {"_settings": settings, "__module__": base.__module__})
+    return type(base.__name__, (base,), {"settings": settings, "__module__": base.__module__})
 
 
 def _unpickled(settings: tuple[float, int | Literal["auto"], str]) -> FocusedLinearAttnProcessor:

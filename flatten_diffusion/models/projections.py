@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 _PARTS = ("q", "k", "v")
-# Linear modules whose first 3 * inner_dim output features are the picture's query, key and value.
+# Linear modules whose first 3 * inner_dim output features are the image's query, key and value.
 _ALWAYS_FUSED = ("to_qkv_mlp_proj", "img_qkv_proj", "img_attn_qkv", "to_qkv")
 _KANDINSKY = {"q": "to_query", "k": "to_key", "v": "to_value", "out": "out_layer"}
-# What classes call the picture's projections, where not to_q, to_k, to_v and to_out.
+# What classes call the image's projections, where not to_q, to_k, to_v and to_out.
 _NAMES: dict[str, dict[str, str]] = {
     "Kandinsky5Attention": _KANDINSKY,
     "Kandinsky6Attention": _KANDINSKY,

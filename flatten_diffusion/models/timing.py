@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import logging
 import math
 import os
@@ -73,7 +74,7 @@ class Timings:
         known = sorted(self.ratios.items())
         if not known or not known[0][0] <= tokens <= known[-1][0]:
             return None
-        for (low, first), (high, last) in zip(known, known[1:], strict=False):
+        for (low, first), (high, last) in itertools.pairwise(known):
             if low <= tokens <= high:
                 share = math.log(tokens / low) / math.log(high / low)
                 return math.exp(math.log(first) * (1 - share) + math.log(last) * share)

@@ -1,4 +1,4 @@
-"""The scenes from a shell, to make prompts and real pictures and to check drawn ones.
+"""The scenes from a shell, to make prompts and real images and to check drawn ones.
 
     python -m flatten_diffusion.scenes captions --count 200 --held-out > captions.txt
     python -m flatten_diffusion.scenes render captions.txt real/ --size 128
@@ -37,8 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     drawn.add_argument("output", type=Path, help="folder, made if needed")
     drawn.add_argument("--size", type=int, default=128)
     drawn.add_argument("--seed", type=int, default=0)
-    checked = commands.add_parser("check", help="the share of stated facts that pictures show")
-    checked.add_argument("folder", type=Path, help="pictures and metadata.jsonl (file_name, text)")
+    checked = commands.add_parser("check", help="the share of stated facts that images show")
+    checked.add_argument("folder", type=Path, help="images and metadata.jsonl (file_name, text)")
     checked.add_argument("--json", type=Path, help="write the result here too")
     return parser
 

@@ -1,6 +1,6 @@
-"""Checks a picture against its caption by analysis through synthesis: find the objects, redraw each, keep what fits.
+"""Checks a image against its caption by analysis through synthesis: find the objects, redraw each, keep what fits.
 
-Works on any size; the picture is brought to 128 pixels first. No learned part, so that nothing can be gamed by
+Works on any size; the image is brought to 128 pixels first. No learned part, so that nothing can be gamed by
 training: a fact holds when the pixels say so.
 """
 
@@ -27,15 +27,15 @@ SETTINGS_KEY = "flatten_eval"
 _SIDE = 128
 # Pixels nearer than this to the background belong to it (RGB distance; the closest object tint is 46 away).
 _BACKGROUND_DISTANCE = 32.0
-# Smaller spots than this share of the picture are dirt, not objects (the smallest drawn crescent covers 1.4 %).
+# Smaller spots than this share of the image are dirt, not objects (the smallest drawn crescent covers 1.4 %).
 _SMALLEST_OBJECT = 0.005
-# Silhouettes of two stated mirror images overlap at least this much when one is flipped (IoU over the picture).
+# Silhouettes of two stated mirror images overlap at least this much when one is flipped (IoU over the image).
 _MIRROR_OVERLAP = 0.7
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One stated fact and whether the picture bears it out."""
+    """One stated fact and whether the image bears it out."""
 
     name: str
     holds: bool
@@ -43,7 +43,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Found:
-    """One object seen in the picture; centre and radius in units of the picture's side."""
+    """One object seen in the image; centre and radius in units of the image's side."""
 
     shape: str
     colour: str
@@ -228,10 +228,10 @@ def _is_matching(seen: list[Found]) -> bool:
 
 
 def check(image: Image.Image, caption: str) -> list[Fact]:
-    """Every fact a caption states, and whether the picture bears it out.
+    """Every fact a caption states, and whether the image bears it out.
 
     Args:
-        image: any mode and size (the scenes' square pictures, or near to them).
+        image: any mode and size (the scenes' square images, or near to them).
         caption: a caption of the scene grammar.
 
     Returns:
@@ -257,13 +257,13 @@ def check(image: Image.Image, caption: str) -> list[Fact]:
 
 
 def fact_accuracy(image: Image.Image, caption: str) -> float:
-    """The share of a caption's stated facts that hold in the picture, 0 to 1."""
+    """The share of a caption's stated facts that hold in the image, 0 to 1."""
     facts = check(image, caption)
     return sum(fact.holds for fact in facts) / len(facts)
 
 
 def _captioned(folder: Path) -> list[tuple[Path, str]]:
-    """(picture, caption) from metadata.jsonl, or from the settings that `flatten-eval generate` leaves in its PNGs."""
+    """(image, caption) from metadata.jsonl, or from the settings that `flatten-eval generate` leaves in its PNGs."""
     metadata = folder / "metadata.jsonl"
     if metadata.is_file():
         rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -276,7 +276,7 @@ def _captioned(folder: Path) -> list[tuple[Path, str]]:
             raise ValueError(f"{path} carries no caption: give a folder with metadata.jsonl (file_name, text)")
         pairs.append((path, settings["prompt"]))
     if not pairs:
-        raise ValueError(f"{folder} holds no pictures: give a folder made by `render` or by `flatten-eval generate`")
+        raise ValueError(f"{folder} holds no images: give a folder made by `render` or by `flatten-eval generate`")
     return pairs
 
 

@@ -1,7 +1,7 @@
-"""The latent space of the scenes pipelines: a Haar transform of the picture at a quarter of its size.
+"""The latent space of the scenes pipelines: a Haar transform of the image at a quarter of its size.
 
 A small UNet learns a latent space that is smooth and linear in the pixels sooner than one an autoencoder finds on its
-own, so the encoder is trained to give these latents and the decoder to undo them. The quarter-size picture still
+own, so the encoder is trained to give these latents and the decoder to undo them. The quarter-size image still
 bears out a caption's facts when it is merely enlarged again.
 """
 
@@ -16,11 +16,11 @@ _REDUCTION = 4
 _MEAN_GAIN, _DIFFERENCE_GAIN = 1.25, 2.5
 
 
-def picture_latents(pictures: torch.Tensor) -> torch.Tensor:
-    """Latents of pictures: per 8 × 8 block the mean and the three Haar differences of each colour.
+def image_latents(pictures: torch.Tensor) -> torch.Tensor:
+    """Latents of images: per 8 × 8 block the mean and the three Haar differences of each colour.
 
     Args:
-        pictures: [B, 3, H, W] in -1..1, H and W multiples of 8.
+        images: [B, 3, H, W] in -1..1, H and W multiples of 8.
 
     Returns:
         [B, 12, H / 8, W / 8]: means (3 channels), then left-right, top-bottom and diagonal differences (3 each),
@@ -31,7 +31,7 @@ def picture_latents(pictures: torch.Tensor) -> torch.Tensor:
     """
     height, width = pictures.shape[-2:]
     if height % 8 or width % 8:
-        raise ValueError(f"pictures of {height}x{width} pixels: sides must be multiples of 8 to have latents")
+        raise ValueError(f"images of {height}x{width} pixels: sides must be multiples of 8 to have latents")
     small = F.avg_pool2d(pictures, _REDUCTION)
     top_left, top_right = small[..., 0::2, 0::2], small[..., 0::2, 1::2]
     low_left, low_right = small[..., 1::2, 0::2], small[..., 1::2, 1::2]

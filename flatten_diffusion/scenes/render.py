@@ -21,7 +21,7 @@ INK_TINT = 0.5
 
 @dataclass(frozen=True)
 class Placed:
-    """One drawn object: centre and radius in units of the picture's shorter side (x, y of its width and height)."""
+    """One drawn object: centre and radius in units of the image's shorter side (x, y of its width and height)."""
 
     shape: str
     colour: str
@@ -200,7 +200,7 @@ def render_folder(captions: Sequence[str], folder: Path, size: int, seed: int = 
     """Draw each caption into `folder` (made if needed), with a metadata.jsonl (file_name, text) as data sets have it.
 
     Caption i is drawn with the seed `seed` + i. Raises ValueError for a caption that is not of the grammar, before the
-    first picture.
+    first image.
     """
     for caption in captions:
         parse(caption)

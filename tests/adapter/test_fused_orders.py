@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flatten_diffusion import AdapterConfig, FocusedLinearAttnProcessor, linearize, restore
-from flatten_diffusion.models import AdapterAttnProcessor, WrappedProcessor, survey
+from flatten_diffusion.models import AdapterAttnProcessor, WrappedProcessor, find_attention_layers
 
 from ..models.tiny import build, stir
 from ..models.tiny_wrapped import build_wrapped
@@ -32,13 +32,13 @@ def tiny_of(name: str) -> Any:
 def kinds(model: nn.Module) -> dict[str, str]:
     """The class of each processor; one of ours that carries nothing counts as what it runs."""
     found = {}
-    for finding in survey(model):
-        processor: Any = finding.attn.processor
+    for layer in find_attention_layers(model):
+        processor: Any = layer.attn.processor
         if isinstance(processor, WrappedProcessor):
             processor = processor.native
         elif isinstance(processor, AdapterAttnProcessor):
-            processor = processor.native_of(finding.attn)  # type: ignore[arg-type]
-        found[finding.name] = type(processor).__name__
+            processor = processor.native_of(layer.attn)  # type: ignore[arg-type]
+        found[layer.name] = type(processor).__name__
     return found
 
 
@@ -100,7 +100,7 @@ def test_all_orders_end_where_they_began(name: str, order: tuple[str, ...]) -> N
         with pytest.raises(ValueError, match="converted already: call restore"):
             linearize(tiny.model)
         restore(tiny.model)
-    found = [finding.attn.processor for finding in survey(tiny.model)]
+    found = [layer.attn.processor for layer in find_attention_layers(tiny.model)]
     assert not any(isinstance(processor, (FocusedLinearAttnProcessor, WrappedProcessor)) for processor in found)
     assert kinds(tiny.model) == before and torch.equal(tiny(), native)
     act(tiny, "linearize")

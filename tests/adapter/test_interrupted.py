@@ -13,7 +13,7 @@ import torch
 
 from flatten_diffusion import AdapterConfig, linearize, restore
 from flatten_diffusion.adapter import convert
-from flatten_diffusion.models import survey
+from flatten_diffusion.models import find_attention_layers
 
 from ..models.tiny import assert_untouched, build, stir
 from ..models.tiny_wrapped import build_wrapped
@@ -68,7 +68,7 @@ def tiny_of(name: str) -> Any:
 
 
 def processors(model: torch.nn.Module) -> dict[str, Any]:
-    return {finding.name: finding.attn.processor for finding in survey(model)}
+    return {layer.name: layer.attn.processor for layer in find_attention_layers(model)}
 
 
 @pytest.mark.parametrize("name", ["pixart", "sd3"])

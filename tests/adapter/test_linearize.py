@@ -122,14 +122,13 @@ def test_disabled_nests_and_survives_exceptions():
         native = tiny()
         adapter = linearize(tiny.model)
         converted = tiny()
-        with pytest.raises(KeyError):
-            with adapter.disabled() as model:
-                assert model is tiny.model
-                with adapter.disabled():
-                    assert torch.equal(tiny(), native)
+        with pytest.raises(KeyError), adapter.disabled() as model:
+            assert model is tiny.model
+            with adapter.disabled():
                 assert torch.equal(tiny(), native)
-                assert "disabled at the moment" in adapter.report().converted[0].reason
-                raise KeyError
+            assert torch.equal(tiny(), native)
+            assert "disabled at the moment" in adapter.report().converted[0].reason
+            raise KeyError
         assert torch.equal(tiny(), converted)
 
 

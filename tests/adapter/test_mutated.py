@@ -44,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tiny, torch.T
 
 def judge(saved: tuple[Path, Tiny, torch.Tensor, torch.Tensor], folder: Path, what: Any, exact: bool = True) -> bool:
     """Whether the folder was refused, as it should be; where it loads, it must give what was saved, if `exact`."""
-    _, tiny, native, converted = saved
+    _, tiny, _, converted = saved
     keys = list(tiny.model.state_dict())
     try:
         load_adapter(tiny.model, folder)

@@ -19,7 +19,7 @@ from ..models.tiny_wrapped import build_wrapped
 
 
 def prepared(name: str) -> tuple[Any, Any, dict[str, Any]]:
-    """A converted model and the changes of input that turn its picture: as many tokens, another grid."""
+    """A converted model and the changes of input that turn its image: as many tokens, another grid."""
     tiny: Any = build_wrapped(name) if name == "sd3" else build(name)
     tiny.model.requires_grad_(False)
     adapter = linearize(tiny.model, AdapterConfig(deltas=("q",), delta_rank=2, window=2 if name == "sd3" else 0))

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedJointAttnProcessor2_0
 
 from flatten_diffusion import AdapterConfig, FocusedLinearConfig, linearize, load_adapter, restore
-from flatten_diffusion.models import survey
+from flatten_diffusion.models import find_attention_layers
 
 from ..models.tiny import assert_untouched, stir, train_towards_original
 from ..models.tiny_wrapped import JOINT, WRAPPED, build_wrapped, position_ids
@@ -28,7 +28,7 @@ def _convert(tiny, **settings):
 
 
 def _processors(model):
-    return {finding.name: finding.attn.processor for finding in survey(model)}
+    return {finding.name: finding.attn.processor for finding in find_attention_layers(model)}
 
 
 @pytest.mark.parametrize("name", WRAPPED)
@@ -252,7 +252,7 @@ def test_every_layer_that_stays_says_why():
         ("stableaudio", "attn2", "cross-attention"),
         ("hunyuandit", "attn2", "cross-attention"),
     ):
-        for finding in survey(build_wrapped(name).model):
+        for finding in find_attention_layers(build_wrapped(name).model):
             assert (finding.reason == why) == (pattern in finding.name), finding
 
 
@@ -356,7 +356,7 @@ def test_two_aspect_ratios_before_one_backward_checkpointed(name):
 
 
 @pytest.mark.parametrize("name", ["krea2", "minimaxh3"])
-def test_ids_of_more_than_the_picture_compile_whole_with_the_grid_pinned(name):
+def test_ids_of_more_than_the_image_compile_whole_with_the_grid_pinned(name):
     tiny = build_wrapped(name)
     torch._dynamo.reset()
     with torch.no_grad():
@@ -380,7 +380,7 @@ def test_newer_models_compile_whole_as_natively(name):
         torch.testing.assert_close(tiny(compiled), tiny(), rtol=1e-4, atol=1e-4)
 
 
-def test_bria_fibo2_compiled_reads_where_its_pictures_stand():
+def test_bria_fibo2_compiled_reads_where_its_images_stand():
     """Natively in several graphs, too: the gist's length is read from the mask."""
     tiny = build_wrapped("briafibo2")
     torch._dynamo.reset()
@@ -429,8 +429,8 @@ def test_flux_compiles_with_breaks_or_whole_with_its_grid_pinned():
         torch.testing.assert_close(tiny(**tiny.turn), turned)  # uncompiled code reads the ids
 
 
-def test_a_pinned_grid_of_several_pictures_is_checked_on_the_device():
-    from flatten_diffusion.models.readings import _agree
+def test_a_pinned_grid_of_several_images_is_checked_on_the_device():
+    from flatten_diffusion.models.token_layout import _agree
 
     ids = torch.cat([position_ids(4, 6), position_ids(3, 3, picture=1)])
     assert _agree(ids, ((1, 4, 6), (1, 3, 3))).item()

@@ -1,14 +1,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flatten_diffusion.distill import Diffusion, LatentCache, NoisyBatch, NoisyBatches
+from flatten_diffusion.distill import (
+    CacheSettings,
+    Diffusion,
+    LatentCache,
+    NoisyBatch,
+    NoisyBatches,
+    build_cache,
+    prompts_as_examples,
+)
 from flatten_diffusion.distill.batches import BatchPlan
+from flatten_diffusion.distill.denoiser_call import sampling_shift
 
-from .tiny import drawn_cache, tiny_pipeline
+from .tiny import drawn_cache, tiny_flux, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +81,20 @@ def test_captions_are_dropped_at_the_rate(cache: LatentCache) -> None:
 def test_worker_processes_give_the_same(cache: LatentCache) -> None:
     alone, workers = batches(cache, 3, range(4)), batches(cache, 3, range(4), num_workers=1)
     assert all(torch.equal(one.noisy, other.noisy) for one, other in zip(alone, workers, strict=True))
+
+
+def test_timesteps_are_shifted_by_the_size_as_the_pipeline_shifts_them(tmp_path: Path) -> None:
+    pipeline, sizes = tiny_flux(), ((32, 32), (96, 96))
+    options = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 60.0, "max_image_seq_len": 4096}
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**options)
+    settings = CacheSettings(sizes, draw_steps=1)
+    cache = build_cache(pipeline, pipeline.transformer, prompts_as_examples(["a"] * 4), tmp_path, settings)
+    shifts = [sampling_shift(pipeline, pipeline.transformer, size) for size in sizes]
+    assert list(cache.shifts.values()) == shifts and shifts[0] != shifts[1]
+    seen = set()
+    for batch in NoisyBatches(cache, Diffusion(pipeline.scheduler), 2, range(8), seed=0, stage="test"):
+        shift = cache.shifts[(batch.noisy.shape[-2] * 4, batch.noisy.shape[-1] * 4)]
+        median = 1000 * shift / (1 + shift)
+        assert batch.timesteps.min() <= median <= batch.timesteps.max()  # stratified: one below, one above
+        seen.add(shift)
+    assert seen == set(shifts)

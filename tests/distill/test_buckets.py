@@ -42,7 +42,7 @@ def test_pixels_are_cut_around_the_middle() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
-def test_every_mode_of_picture(mode: str) -> None:
+def test_every_mode_of_image(mode: str) -> None:
     pixels = to_pixels(Image.new("RGB", (9, 13)).convert("L" if mode == "I;16" else mode), (8, 12))
     assert pixels.shape == (3, 8, 12) and pixels.min() >= -1 and pixels.max() <= 1
 

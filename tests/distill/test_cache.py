@@ -146,8 +146,8 @@ def test_the_denoiser_matters_only_to_drawn_latents(folder: Path) -> None:
     assert before[0] == after[0] and before[1] != after[1]
 
 
-def test_broken_pictures_are_named_and_skipped(folder: Path, tmp_path: Path) -> None:
-    (folder / "1.png").write_bytes(b"no picture")
+def test_broken_images_are_named_and_skipped(folder: Path, tmp_path: Path) -> None:
+    (folder / "1.png").write_bytes(b"no image")
     (folder / "2.png").write_bytes((folder / "0.png").read_bytes()[:60])
     rows = [json.dumps({"file_name": f"{index}.png", "text": ""}) for index in range(7)]
     (folder / "metadata.jsonl").write_text("\n".join(rows))
@@ -160,7 +160,7 @@ def test_nothing_usable_is_an_error(folder: Path, tmp_path: Path) -> None:
     pipeline = tiny_pipeline()
     for path in folder.glob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="None of the 5 pictures"):
+    with pytest.raises(ValueError, match="None of the 5 images"):
         build(pipeline, folder, tmp_path / "cache")
     with pytest.raises(ValueError, match="no examples"):
         build_cache(pipeline, pipeline.unet, [], tmp_path / "cache", SETTINGS)
@@ -218,7 +218,7 @@ def test_the_teacher_draws_for_prompts(tmp_path: Path) -> None:
     assert torch.allclose(cache[2]["latents"], alone, rtol=2e-3, atol=2e-3)
 
 
-def test_pictures_turned_by_their_exif_go_to_the_bucket_they_are_seen_in(folder: Path, tmp_path: Path) -> None:
+def test_images_turned_by_their_exif_go_to_the_bucket_they_are_seen_in(folder: Path, tmp_path: Path) -> None:
     image = Image.new("RGB", (30, 90))
     image.getexif()[0x0112] = 6  # to be shown lying
     image.save(folder / "0.png", exif=image.getexif())

@@ -106,7 +106,7 @@ def test_a_family_without_a_row_is_distilled_from_what_it_draws(tmp_path: Path) 
     assert objective.loss(batch)[0].item() < 0.9 * before
 
 
-def test_pictures_are_refused_before_any_is_read(tmp_path: Path) -> None:
+def test_images_are_refused_before_any_is_read(tmp_path: Path) -> None:
     pipeline = tiny_aura_flow()
     example = prompts_as_examples(["a"])[0]
     pictured = type(example)(example.name, example.caption, lambda: pytest.fail("read"), example.stamp)

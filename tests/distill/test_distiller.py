@@ -233,6 +233,18 @@ def test_several_in_a_row_stop_with_a_diagnosis(cache_folder: Path) -> None:
         run.run()
 
 
+def test_the_passes_of_a_step_are_averaged(cache_folder: Path) -> None:
+    gradients = []
+    for count in (1, 2):
+        settings = replace(SETTINGS, gradient_accumulation_steps=count, max_grad_norm=1e6)
+        run = distiller(cache_folder, None, settings)
+        run._prepare("finetune", settings.finetune)
+        batch = next(iter(run._batches(run.train, range(1), "finetune")))
+        run._optimizer_step(run._finetune_losses, [batch] * count)
+        gradients.append([parameter.grad for parameter in run.adapter.parameters()])
+    assert all(torch.allclose(one, two, rtol=1e-5) for one, two in zip(*gradients, strict=True))  # type: ignore[arg-type]
+
+
 def test_gradients_that_overflow_at_every_scale_stop_it(cache_folder: Path) -> None:
     settings = replace(SETTINGS, stages=("finetune",), patience=2, finetune=StageSettings(12, 1e-3))
     run = distiller(cache_folder, None, settings)

@@ -12,7 +12,7 @@ from flatten_diffusion.adapter import Adapter
 from flatten_diffusion.distill import CalibrationSettings, calibrate, transfer_step
 from flatten_diffusion.distill.calibrate import Batch, Layer, run_programs
 from flatten_diffusion.distill.capture import LayerCapture, capture_teacher
-from flatten_diffusion.mixers import FocusedCalibration, Weights, count_tokens, pictures_of
+from flatten_diffusion.mixers import FocusedCalibration, Weights, count_tokens, images_of
 from flatten_diffusion.mixers.focused import linear_part
 from flatten_diffusion.mixers.parts.convolution import patch_moments
 from flatten_diffusion.ops.windows import window_indices
@@ -148,7 +148,7 @@ def fit_joins(adapter: Adapter, tiny: TinyWrapped) -> None:
 
 
 def share_errors(adapter: Adapter, tiny: TinyWrapped) -> dict[str, float]:
-    """Squared error of each joint layer's product were its linear part the true softmax over the picture."""
+    """Squared error of each joint layer's product were its linear part the true softmax over the image."""
     left: dict[str, float] = {}
 
     def consume(call: LayerCapture) -> None:
@@ -189,7 +189,7 @@ def mass_errors(adapter: Adapter, tiny: TinyWrapped) -> dict[str, float]:
             query, key, value, context, others = given
             window, text = call.carried.window, call.carried.text
             assert window is not None and context.grid is not None
-            indices = window_indices(pictures_of(context.grid), window.size, key.device)
+            indices = window_indices(images_of(context.grid), window.size, key.device)
             near = (indices[:, None] == indices)[:, None]
             scores = torch.einsum("bnhd,bmhd->bnhm", query, key) * context.softmax_scale(query)
             if context.key_mask is not None:

@@ -137,7 +137,7 @@ def test_killed_at_any_moment_and_resumed_is_bit_exact(workplace: Path) -> None:
         ("--cache_dir SCRIPT", "is a file"),
         ("--pretrained_model_name_or_path /nowhere", "error: "),
         ("--pretrained_model_name_or_path INPAINT", "StableDiffusionInpaintPipeline cannot be distilled"),
-        ("--pretrained_model_name_or_path VIDEO --validation_prompts a", "WanPipeline draws no still pictures"),
+        ("--pretrained_model_name_or_path VIDEO --validation_prompts a", "WanPipeline draws no still images"),
     ],
 )
 def test_wrong_flags_are_one_line_before_anything_is_loaded(

@@ -85,7 +85,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert captions_of(tmp_path) == {"a.png": "a card", "b.png": ""}
 
 
-def test_hidden_things_and_pipes_are_no_pictures(tmp_path: Path) -> None:
+def test_hidden_things_and_pipes_are_no_images(tmp_path: Path) -> None:
     for name in ("a.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/a.png", "._a.png"):
         picture(tmp_path / name)
     (tmp_path / ".git").mkdir()
@@ -99,7 +99,7 @@ def test_hidden_things_and_pipes_are_no_pictures(tmp_path: Path) -> None:
         load()
 
 
-def test_pictures_without_a_caption_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_without_a_caption_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for index in range(3):
         picture(tmp_path / f"{index}.png")
     (tmp_path / "0.txt").write_text("a card")
@@ -108,7 +108,7 @@ def test_pictures_without_a_caption_are_counted(tmp_path: Path, caplog: pytest.L
         image_folder(tmp_path)
     finally:
         logging.disable_propagation()
-    assert "2 of 3 pictures have no caption" in caplog.text
+    assert "2 of 3 images have no caption" in caplog.text
 
 
 def test_text_that_is_no_utf8_is_named(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_text_that_is_no_utf8_is_named(tmp_path: Path) -> None:
 
 
 def test_empty_or_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         image_folder(tmp_path)
     with pytest.raises(NotADirectoryError, match="nowhere"):
         image_folder(tmp_path / "nowhere")

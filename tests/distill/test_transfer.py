@@ -9,7 +9,7 @@ from flatten_diffusion import AdapterConfig, linearize
 from flatten_diffusion.adapter import Adapter
 from flatten_diffusion.distill import transfer_step
 from flatten_diffusion.distill.capture import FeatureTap
-from flatten_diffusion.models import LAYER, Reading
+from flatten_diffusion.models import LAYER, TokenLayout
 
 from ..models.tiny import Tiny, build, stir
 
@@ -35,12 +35,12 @@ def test_gradients_are_each_layers_own(name: str) -> None:
         tiny()
     for handle in handles:
         handle.remove()
-    tiny()  # says the grids of this picture
+    tiny()  # says the grids of this image
     expected: dict[str, torch.Tensor] = {}
     losses: dict[str, float] = {}
     for layer, attn in adapter.attention_modules():
         wanted, state = teacher.outputs[layer], getattr(attn, LAYER)
-        state.begin(Reading(state.last_grid))
+        state.begin(TokenLayout(state.last_grid))
         pairs = zip(attn(*inputs[layer]), wanted, strict=True)
         state.end()
         loss = torch.stack([(one - other).square().sum() / other.square().sum() for one, other in pairs]).mean()

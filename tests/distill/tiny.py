@@ -88,7 +88,7 @@ def _tokenizer() -> Any:
 
 
 def tiny_sd3(dual: bool = False) -> diffusers.StableDiffusion3Pipeline:
-    """Flow matching, joint attention (`dual`: and a second over the picture), two CLIP text encoders, no T5; the
+    """Flow matching, joint attention (`dual`: and a second over the image), two CLIP text encoders, no T5; the
     autoencoder of `tiny_pipeline`."""
     torch.manual_seed(0)
     base = tiny_pipeline()

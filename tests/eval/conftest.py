@@ -1,4 +1,4 @@
-"""Small pictures and tiny random pipelines of real classes, built offline."""
+"""Small images and tiny random pipelines of real classes, built offline."""
 
 from __future__ import annotations
 

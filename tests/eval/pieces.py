@@ -1,4 +1,4 @@
-"""Pictures and child processes for the tests of this room."""
+"""Images and child processes for the tests of this room."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def draw(seed: int, height: int, width: int, shift: float = 0.0) -> np.ndarray[Any, Any]:
-    """A smooth picture with fine noise: resizing it without care changes it."""
+    """A smooth image with fine noise: resizing it without care changes it."""
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width] / max(height, width)
     waves = [np.sin(6 * (rows * random.normal() + columns * random.normal()) + random.uniform(0, 6)) for _ in range(3)]
@@ -30,7 +30,7 @@ def command_line(*arguments: object, processes: int = 1) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    # The same number of threads as here: it decides how sums are grouped, and with it the last bits of a picture.
+    # The same number of threads as here: it decides how sums are grouped, and with it the last bits of a image.
     threads = str(torch.get_num_threads())
     return os.environ | {
         "OMP_NUM_THREADS": threads,

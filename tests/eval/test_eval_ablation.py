@@ -17,7 +17,7 @@ def test_data_that_cannot_be_used_is_said_before_the_pipeline_loads(
     (tmp_path / "listed").mkdir()
     (tmp_path / "listed" / "metadata.jsonl").write_text("no json\n")
     for arguments, message in (
-        (["--train_data_dir", str(tmp_path / "empty")], "holds no pictures"),
+        (["--train_data_dir", str(tmp_path / "empty")], "holds no images"),
         (["--train_data_dir", str(tmp_path / "absent")], "is no folder"),
         (["--train_data_dir", str(tmp_path / "listed")], "metadata.jsonl"),
         (["--min_tokens", "-1"], "min_tokens is -1"),
@@ -28,9 +28,7 @@ def test_data_that_cannot_be_used_is_said_before_the_pipeline_loads(
         assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
 
 
-def test_too_few_pictures_and_a_missing_pipeline_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_few_images_and_a_missing_pipeline_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--num_scenes", "1", "--resolution", "64"], "1 held-out examples of 1"),
         (["--num_scenes", "20", "--resolution", "100"], "100x100 pixels do not fit"),

@@ -98,7 +98,7 @@ def browse(page: Path, *options: str, home: Path) -> subprocess.CompletedProcess
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [500, 1200])
 def test_the_report_in_a_browser(compared: Path, tmp_path: Path, width: int) -> None:
-    """Scripts run, every picture decodes, a slider moves the cut, and nothing is wider than the window."""
+    """Scripts run, every image decodes, a slider moves the cut, and nothing is wider than the window."""
     page = tmp_path / "probe.html"
     probe = """
     <script>addEventListener('load',()=>{
@@ -121,7 +121,7 @@ def test_the_report_in_a_browser(compared: Path, tmp_path: Path, width: int) -> 
         assert image.size[0] == width and np.asarray(image.convert("L")).std() > 5
 
 
-def test_real_pictures_set_original_and_converted_side_by_side(
+def test_real_images_set_original_and_converted_side_by_side(
     compared: Path,
     tiny_pipeline: Path,
     tiny_adapter: Path,

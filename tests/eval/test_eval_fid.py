@@ -245,7 +245,7 @@ def test_torchscript_extractor(make_images: Make, features: Path, tmp_path: Path
 def test_dinov2_and_clip(make_images: Make, tiny_dinov2: Path, tiny_clip: Path, run_json: Run) -> None:
     a, b = make_images("a", 20, seed=1), make_images("b", 20, seed=2, shift=30)
     for folder in (a, b):
-        rows = [{"file_name": path.name, "text": f"picture {path.stem}"} for path in sorted(folder.glob("*.png"))]
+        rows = [{"file_name": path.name, "text": f"image {path.stem}"} for path in sorted(folder.glob("*.png"))]
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = run_json(
         "fid", a, b, "--extractor", "dinov2", "--model", tiny_dinov2, "--metrics", "cmmd", "clip-score",

@@ -1,4 +1,4 @@
-"""The generate command: the same pictures however often it is stopped, split or batched."""
+"""The generate command: the same images however often it is stopped, split or batched."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_killed_at_once_and_started_again(reference: Path, tiny_pipeline: Path, 
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert list(output.glob("*.png")), "killed before the first picture"
+    assert list(output.glob("*.png")), "killed before the first image"
     assert main(arguments(tiny_pipeline, prompts, output, "--batch", 2)) == 0
     assert same(output, reference)
 
@@ -130,7 +130,7 @@ def test_the_number_of_processes_changes_nothing(
     assert made == [2, 2, 2] and same(tmp_path, reference)
 
 
-def test_an_adapter_changes_the_pictures_and_is_recorded(
+def test_an_adapter_changes_the_images_and_is_recorded(
     reference: Path, tiny_pipeline: Path, tiny_adapter: Path, prompts: Path, tmp_path: Path
 ) -> None:
     assert main(arguments(tiny_pipeline, prompts, tmp_path / "out", "--adapter", tiny_adapter)) == 0
@@ -180,7 +180,7 @@ def test_wrong_input_is_one_line(tiny_pipeline: Path, prompts: Path, tmp_path: P
 
 
 class Asks:
-    """What a pipeline says of sizes: SD3 raises from its own check, Flux only warns and draws a smaller picture."""
+    """What a pipeline says of sizes: SD3 raises from its own check, Flux only warns and draws a smaller image."""
 
     vae_scale_factor = 8
 
@@ -259,7 +259,7 @@ def test_sizes_of_real_pipelines(name: str, attributes: dict[str, int], wrong: i
             generate.check_settings(pipeline, settings, ["a"])
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_picture(
+def test_a_full_disk_is_one_line_and_leaves_no_half_image(
     tiny_pipeline: Path, prompts: Path, tmp_path: Path, run_error: Fail, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("generate", tiny_pipeline, "--prompts", prompts, "--steps", 1, "--output")
@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_picture(
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["generation.json"]
 
 
-def test_a_picture_of_nan_is_refused(tiny_pipeline: Path, prompts: Path, tmp_path: Path) -> None:
+def test_a_image_of_nan_is_refused(tiny_pipeline: Path, prompts: Path, tmp_path: Path) -> None:
     from flatten_eval.errors import InputError
 
     pipeline = load_pipeline(str(tiny_pipeline), dtype="float32", device=CPU, offline=True)

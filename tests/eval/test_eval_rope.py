@@ -89,7 +89,7 @@ def test_mixer_is_the_formula_token_by_token() -> None:
 def test_positions_that_are_not_known_are_refused(grid: tuple[int, ...] | None) -> None:
     mixer = create_mixer(rope.FEATURES_FIRST, LayerShape(2, 12, 24))
     x = torch.randn(1, 12, 2, 12)
-    with pytest.raises(ValueError, match="one whole picture"):
+    with pytest.raises(ValueError, match="one whole image"):
         mixer(x, x, x, Context(grid))
     with pytest.raises(ValueError, match="multiple of 6"):
         create_mixer(rope.FEATURES_FIRST, LayerShape(2, 16, 32))

@@ -188,6 +188,19 @@ def test_compiles_to_one_graph(mode):
     assert all(v.grad.isfinite().all() for v in leaves.values() if torch.is_tensor(v))
 
 
+def test_derivatives_that_the_kernels_lack():
+    inputs = make_inputs((1, (15, 13), 3, 40), dtype=torch.float32, device="cuda")
+    direction = torch.ones_like(inputs["query"])
+    tangents = [
+        torch.func.jvp(
+            lambda query, b=b: attend(**{**inputs, "query": query}, backend=b), (inputs["query"],), (direction,)
+        )
+        for b in ("reference", "triton")
+    ]
+    assert tangents[0][1].norm() > 0
+    assert relative_error(tangents[1][1], tangents[0][1]) < 1e-5
+
+
 def test_autocast_and_second_device():
     inputs = make_inputs((1, (15, 13), 3, 40), dtype=torch.float32, device="cuda")
     with torch.autocast("cuda", dtype=torch.bfloat16):

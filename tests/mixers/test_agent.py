@@ -100,8 +100,16 @@ def test_tables_follow_the_grid_and_grids_are_checked() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"agents": 5}, {"agents": 0}, {"agents": True}, {"kernel_size": 4}, {"kernel_size": 10**9}, {"bias_size": 0}]
-    + [{"sharpness": float("nan")}, {"sharpness": "1"}],
+    [
+        {"agents": 5},
+        {"agents": 0},
+        {"agents": True},
+        {"kernel_size": 4},
+        {"kernel_size": 10**9},
+        {"bias_size": 0},
+        {"sharpness": float("nan")},
+        {"sharpness": "1"},
+    ],
 )
 def test_bad_settings_raise_one_line(settings: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(settings))} is") as error:

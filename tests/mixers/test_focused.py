@@ -149,7 +149,7 @@ def _stirred(kernel_size):
         (((2, 4, 3), (1, 2, 5)), [(4, 3), (4, 3), (2, 5)]),
     ],
 )
-def test_the_convolution_never_leaves_a_frame_or_a_picture(grid, pictures):
+def test_the_convolution_never_leaves_a_frame_or_a_image(grid, pictures):
     torch.manual_seed(0)
     mixer = _stirred(5)
     value = torch.randn(2, sum(h * w for h, w in pictures), 2, 4)

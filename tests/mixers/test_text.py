@@ -19,17 +19,17 @@ def _tensors(batch=2, picture=12, text=5, heads=2, dim=6, dtype=torch.float64):
     }
 
 
-def _join(joint, x, picture_mask=None, mask=None, scale=None, bias=None, log_partition=None):
+def _join(joint, x, image_mask=None, mask=None, scale=None, bias=None, log_partition=None):
     others = OtherTokens(x["key"], x["value"], mask, bias)
-    return joint(x["image"], x["query"], x["picture_key"], Context(None, picture_mask, scale), others, log_partition)
+    return joint(x["image"], x["query"], x["picture_key"], Context(None, image_mask, scale), others, log_partition)
 
 
-def _naive(x, picture_mask, mask, scale, bias, gain):
+def _naive(x, image_mask, mask, scale, bias, gain):
     """One query at a time, as the docstrings have it."""
     batch, picture, heads, dim = x["query"].shape
     out = torch.zeros_like(x["image"])
     for b in range(batch):
-        ours = [m for m in range(picture) if picture_mask is None or picture_mask[b, m]]
+        ours = [m for m in range(picture) if image_mask is None or image_mask[b, m]]
         others = [m for m in range(x["key"].shape[1]) if mask is None or mask[b, m]]
         for h in range(heads):
             keys = torch.stack([x["picture_key"][b, m, h] for m in ours])
@@ -44,8 +44,8 @@ def _naive(x, picture_mask, mask, scale, bias, gain):
                 log_n = math.log(len(ours))
                 spread = v / 2 if v < 2 * log_n else math.sqrt(2 * v * log_n) - log_n
                 log_z = bias[h] + log_n + (1 + gain[h][0]) * a + (1 + gain[h][1]) * spread
-                z_picture = math.exp(log_z)
-                share = z_picture / (z_picture + z_text)
+                z_image = math.exp(log_z)
+                share = z_image / (z_image + z_text)
                 softmax = text / z_text if others else text
                 out[b, i, h] = share * x["image"][b, i, h] + (1 - share) * softmax
     return out
@@ -55,24 +55,24 @@ def _naive(x, picture_mask, mask, scale, bias, gain):
 @pytest.mark.parametrize("scale", [None, 0.9])
 def test_against_the_formula_spelled_out(scale, masked):
     x = _tensors()
-    picture_mask, mask = None, None
+    image_mask, mask = None, None
     if masked:
-        picture_mask = torch.ones(2, 12, dtype=torch.bool)
-        picture_mask[1, 9:] = False
+        image_mask = torch.ones(2, 12, dtype=torch.bool)
+        image_mask[1, 9:] = False
         mask = torch.tensor([[True, True, False, True, True], [False] * 5])
-        for name, keep in (("picture_key", picture_mask), ("key", mask)):
+        for name, keep in (("picture_key", image_mask), ("key", mask)):
             x[name] = x[name].masked_fill(~keep[:, :, None, None], 7.0)  # whatever stands there
     joint = TextJoin(2).double()
     bias, gain = [0.3, -0.7], [[-0.4, 0.2], [0.1, -0.5]]
     with torch.no_grad():
         joint.bias.copy_(torch.tensor(bias, dtype=torch.float64))
         joint.gain.copy_(torch.tensor(gain, dtype=torch.float64))
-        ours = _join(joint, x, picture_mask, mask, scale)
-        expected = _naive(x, picture_mask, mask, scale or 6**-0.5, bias, gain)
+        ours = _join(joint, x, image_mask, mask, scale)
+        expected = _naive(x, image_mask, mask, scale or 6**-0.5, bias, gain)
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_a_sample_without_any_other_key_is_all_picture_and_has_gradients():
+def test_a_sample_without_any_other_key_is_all_image_and_has_gradients():
     x = {name: tensor.requires_grad_() for name, tensor in _tensors(dtype=torch.float32).items()}
     joint = TextJoin(2)
     mask = torch.tensor([[False] * 5, [True] * 5])

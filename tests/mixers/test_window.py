@@ -15,7 +15,7 @@ from flatten_diffusion.mixers import (
     WindowAttention,
     count_tokens,
     create_mixer,
-    pictures_of,
+    images_of,
 )
 from flatten_diffusion.mixers.parts.text import estimate_log_partition
 from flatten_diffusion.ops.windows import from_windows, window_indices, windows_of
@@ -30,10 +30,10 @@ def _tensors(grid, batch=2, heads=2, dim=6, dtype=torch.float64):
 
 
 def _places(grid):
-    """(picture, frame, row, column) of each token."""
+    """(image, frame, row, column) of each token."""
     return [
         (index, frame, row, column)
-        for index, (frames, height, width) in enumerate(pictures_of(grid))
+        for index, (frames, height, width) in enumerate(images_of(grid))
         for frame in range(frames)
         for row in range(height)
         for column in range(width)
@@ -94,9 +94,9 @@ def test_against_the_formula_spelled_out(grid, size, masked, trained):
 def test_windows_hold_what_lies_side_by_side(grid, size):
     places = _places(grid)
     tokens = torch.arange(len(places))[None, :, None] + 1.0
-    windows = windows_of(tokens, pictures_of(grid), size)
-    assert torch.equal(from_windows(windows, pictures_of(grid), size), tokens)
-    indices = window_indices(pictures_of(grid), size, tokens.device)
+    windows = windows_of(tokens, images_of(grid), size)
+    assert torch.equal(from_windows(windows, images_of(grid), size), tokens)
+    indices = window_indices(images_of(grid), size, tokens.device)
     for i, place in enumerate(places):
         for m, other in enumerate(places):
             assert (indices[i] == indices[m]) == _share_window(place, other, size)
@@ -131,7 +131,7 @@ def test_moments_in_blocks_are_those_of_plain_torch(masked, monkeypatch):
         torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-9)
 
 
-def test_one_window_over_the_whole_picture_is_softmax():
+def test_one_window_over_the_whole_image_is_softmax():
     grid = (5, 6)
     query, key, value, mixed = (x.float() for x in _tensors(grid))
     with torch.no_grad():

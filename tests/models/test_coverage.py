@@ -18,7 +18,7 @@ from diffusers.models.unets.unet_2d_blocks import SimpleCrossAttnDownBlock2D
 from torch import nn
 
 from flatten_diffusion import linearize
-from flatten_diffusion.models import FAMILIES, REFUSED, readings, survey
+from flatten_diffusion.models import ARCHITECTURES, REFUSED, find_attention_layers, token_layout
 
 from .tiny import build, stir
 from .tiny_parts import T, position_ids
@@ -93,14 +93,14 @@ _DEPTHS = (
 @pytest.mark.parametrize("cls", _model_classes(), ids=lambda cls: cls.__name__)
 def test_every_layer_that_attends_has_a_row_or_a_reason(cls):
     """Where this fails after an update of diffusers: see "Adding a family" in flatten_diffusion/models/README.md."""
-    for finding in survey(_made(cls)):
+    for finding in find_attention_layers(_made(cls)):
         assert finding.reason is None or not any(word in finding.reason for word in _OUTSIDE), finding.name
 
 
 @_NEWEST
 def test_no_row_and_no_reason_is_of_a_class_that_is_gone():
     names = {name for found in _modules() for name in dir(found)}
-    assert {family.owner for family in FAMILIES} <= names
+    assert {architecture.owner for architecture in ARCHITECTURES} <= names
     assert set(REFUSED) <= names
 
 
@@ -131,7 +131,7 @@ def _grids(adapter):
     return {row.name: row.grid for row in adapter.report().converted}
 
 
-def test_flux3_reads_its_picture_its_references_and_both():
+def test_flux3_reads_its_image_its_references_and_both():
     tiny = build_wrapped("flux3")
     adapter = linearize(tiny.model)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_audio_beside_a_video_has_a_grid_of_its_own(name, audio):
 
 
 def test_layers_that_are_linear_already_are_left_alone():
-    reasons = {finding.name: finding.reason for finding in survey(build_wrapped("acestep").model)}
+    reasons = {finding.name: finding.reason for finding in find_attention_layers(build_wrapped("acestep").model)}
     assert reasons["layers.0.self_attn"].startswith("attends within a sliding window")
     assert reasons["layers.1.self_attn"] is None
 
@@ -177,18 +177,18 @@ def test_differential_attention_is_named():
 def test_a_unet_that_only_attends_to_text_keeps_it():
     with torch.device("meta"):
         block = SimpleCrossAttnDownBlock2D(32, 32, 8, attention_head_dim=8, only_cross_attention=True)
-    assert [finding.reason for finding in survey(nn.ModuleList([block]))] == ["cross-attention"]
+    assert [finding.reason for finding in find_attention_layers(nn.ModuleList([block]))] == ["cross-attention"]
 
 
 @_NEWEST
 def test_a_dreamlite_that_only_attends_to_text_keeps_it():
     home = inspect.getmodule(diffusers.DreamLiteUNetModel)
     block = home.DreamLiteTransformer2DModel(2, 8, in_channels=32, cross_attention_dim=24, only_cross_attention=True)
-    assert [finding.reason for finding in survey(block)] == ["cross-attention"] * 2
+    assert [finding.reason for finding in find_attention_layers(block)] == ["cross-attention"] * 2
 
 
 def test_sparse_attention_of_kandinsky5_stays():
-    reading = readings.dense_channels_last_video(
+    reading = token_layout.dense_channels_last_video(
         build_wrapped("kandinsky5").model, torch.zeros(1, 2, 8, 12, 4), {"P": 0.9}
     )
     assert reading.softmax is not None and reading.grid == (2, 4, 6)
@@ -196,12 +196,12 @@ def test_sparse_attention_of_kandinsky5_stays():
 
 def test_other_tokens_between_the_videos_of_cosmos3_keep_softmax():
     model = build_wrapped("cosmos3").model
-    assert readings.packed_video(model, [(2, 4, 6)], 7, 55).softmax is None
-    assert "sound or action" in str(readings.packed_video(model, [(2, 4, 6)], 7, 60).softmax)
+    assert token_layout.packed_video(model, [(2, 4, 6)], 7, 55).softmax is None
+    assert "sound or action" in str(token_layout.packed_video(model, [(2, 4, 6)], 7, 60).softmax)
 
 
 def test_the_video_of_minimax_follows_its_references():
-    """[2 text, reference of 2 x 3, audio, video of 2 x 2 x 3], the reference not part of the picture."""
+    """[2 text, reference of 2 x 3, audio, video of 2 x 2 x 3], the reference not part of the image."""
     frame = position_ids(2, 3)
     times = [
         torch.zeros(2, 3),
@@ -211,9 +211,9 @@ def test_the_video_of_minimax_follows_its_references():
         frame + T([4.5, 0, 0]),
     ]
     indices = torch.cat([torch.arange(2, 8), torch.arange(9, 21)])
-    assert readings.packed_position_ids(None, torch.cat(times), indices).grid == (2, 2, 3)
+    assert token_layout.packed_position_ids(None, torch.cat(times), indices).grid == (2, 2, 3)
     with pytest.raises(ValueError, match="video_indices do not end with the sequence"):
-        readings.packed_position_ids(None, torch.cat([*times, torch.zeros(1, 3)]), indices)
+        token_layout.packed_position_ids(None, torch.cat([*times, torch.zeros(1, 3)]), indices)
 
 
 def test_bria_fibo2_stands_first_where_gists_differ():
@@ -322,7 +322,7 @@ def test_qwenimage21_from_its_cache_is_what_it_is_whole():
         assert torch.equal(tiny(), whole)
 
 
-def test_references_of_glm_are_keys_beside_the_picture():
+def test_references_of_glm_are_keys_beside_the_image():
     tiny = build_wrapped("glm")
     adapter = linearize(tiny.model)
     stir(adapter)

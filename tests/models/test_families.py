@@ -5,7 +5,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 
 from flatten_diffusion import AdapterConfig, FocusedLinearConfig, linearize
-from flatten_diffusion.models import FAMILIES, survey
+from flatten_diffusion.models import ARCHITECTURES, find_attention_layers
 
 from .tiny import CONVERTIBLE, build
 
@@ -13,7 +13,7 @@ from .tiny import CONVERTIBLE, build
 @pytest.mark.parametrize("name", CONVERTIBLE)
 def test_every_attention_layer_is_found_and_judged(name):
     tiny = build(name)
-    findings = survey(tiny.model)
+    findings = find_attention_layers(tiny.model)
     assert len(findings) == tiny.total
     assert sum(finding.reason is None for finding in findings) == tiny.converted
     for finding in findings:
@@ -37,7 +37,7 @@ def test_the_grid_of_each_layer_is_the_real_one(name):
             assert {row.grid for row in adapter.report().converted} == {grid[::-1] for grid in tiny.grids}
 
 
-def test_a_picture_input_needs_no_record_of_its_grid():
+def test_a_image_input_needs_no_record_of_its_grid():
     tiny = build("unet2d")
     adapter = linearize(tiny.model)
     seen = []
@@ -54,7 +54,7 @@ def test_gligen_attention_over_grounding_tokens_stays():
     block = next(m for m in tiny.model.modules() if isinstance(m, BasicTransformerBlock))
     gated = BasicTransformerBlock(16, 2, 8, cross_attention_dim=24, attention_type="gated")
     block.fuser = gated.fuser
-    reasons = {finding.name: finding.reason for finding in survey(tiny.model)}
+    reasons = {finding.name: finding.reason for finding in find_attention_layers(tiny.model)}
     (fuser,) = [name for name in reasons if name.endswith("fuser.attn")]
     assert reasons[fuser] == "attends over image and grounding tokens together"
 
@@ -62,14 +62,14 @@ def test_gligen_attention_over_grounding_tokens_stays():
 def test_an_unknown_family_says_so():
     plain = Attention(query_dim=16, heads=2, dim_head=8)
     joint = Attention(query_dim=16, heads=2, dim_head=8, added_kv_proj_dim=16, context_pre_only=False)
-    reasons = [finding.reason for finding in survey(torch.nn.Sequential(plain, joint))]
+    reasons = [finding.reason for finding in find_attention_layers(torch.nn.Sequential(plain, joint))]
     assert "outside the families this version knows" in reasons[0]
     assert reasons[1] == "joint text-image attention"
 
 
 def test_attention_inside_an_autoencoder_is_known_too():
     vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4)
-    assert len([finding for finding in survey(vae) if finding.reason is None]) >= 1
+    assert len([finding for finding in find_attention_layers(vae) if finding.reason is None]) >= 1
 
 
 def test_non_square_dit_is_named_instead_of_scrambled():
@@ -82,7 +82,10 @@ def test_non_square_dit_is_named_instead_of_scrambled():
 
 
 def test_no_two_rows_of_an_owner_name_the_same_layers():
-    rows = [{(family.owner, path) for path in (*family.image, *family.joint, *family.kept)} for family in FAMILIES]
+    rows = [
+        {(architecture.owner, path) for path in (*architecture.image, *architecture.joint, *architecture.kept)}
+        for architecture in ARCHITECTURES
+    ]
     assert len(set.union(*rows)) == sum(map(len, rows))
 
 

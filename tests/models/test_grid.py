@@ -147,8 +147,8 @@ def test_a_pass_that_fails_leaves_nothing_behind(name):
     assert all(layer.grid is None and layer.state.idle for _, layer, _ in adapter.converted_layers())
 
 
-def test_the_convolution_runs_on_rows_and_columns_as_the_picture_has_them():
-    """With one-hot kernels the converted layer adds its values shifted by one row: compare with a shifted picture."""
+def test_the_convolution_runs_on_rows_and_columns_as_the_image_has_them():
+    """With one-hot kernels the converted layer adds its values shifted by one row: compare with a shifted image."""
     torch.manual_seed(0)
     model = UNet2DConditionModel(
         sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, attention_head_dim=2,

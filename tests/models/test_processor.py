@@ -17,22 +17,22 @@ from flatten_diffusion import FocusedLinearAttnProcessor
 from .tiny import CONVERTIBLE, build
 
 TAILS = {
-    "plain": dict(query_dim=24, heads=3, dim_head=8),
-    "bias": dict(query_dim=24, heads=3, dim_head=8, bias=True, out_bias=False, upcast_attention=True),
-    "wide": dict(query_dim=20, heads=2, dim_head=12),
-    "picture": dict(
-        query_dim=24,
-        heads=3,
-        dim_head=8,
-        bias=True,
-        norm_num_groups=4,
-        residual_connection=True,
-        rescale_output_factor=1.7,
-        eps=1e-6,
-    ),  # fmt: skip
-    "spatial": dict(query_dim=32, heads=2, dim_head=16, spatial_norm_dim=5, residual_connection=True),
-    "layer_norm": dict(query_dim=24, heads=3, dim_head=8, qk_norm="layer_norm"),
-    "rms_norm": dict(query_dim=24, heads=3, dim_head=8, qk_norm="rms_norm"),
+    "plain": {"query_dim": 24, "heads": 3, "dim_head": 8},
+    "bias": {"query_dim": 24, "heads": 3, "dim_head": 8, "bias": True, "out_bias": False, "upcast_attention": True},
+    "wide": {"query_dim": 20, "heads": 2, "dim_head": 12},
+    "picture": {
+        "query_dim": 24,
+        "heads": 3,
+        "dim_head": 8,
+        "bias": True,
+        "norm_num_groups": 4,
+        "residual_connection": True,
+        "rescale_output_factor": 1.7,
+        "eps": 1e-6,
+    },
+    "spatial": {"query_dim": 32, "heads": 2, "dim_head": 16, "spatial_norm_dim": 5, "residual_connection": True},
+    "layer_norm": {"query_dim": 24, "heads": 3, "dim_head": 8, "qk_norm": "layer_norm"},
+    "rms_norm": {"query_dim": 24, "heads": 3, "dim_head": 8, "qk_norm": "rms_norm"},
 }
 
 

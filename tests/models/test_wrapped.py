@@ -13,7 +13,7 @@ from torch import nn
 
 from flatten_diffusion import AdapterConfig, linearize
 from flatten_diffusion.mixers import count_tokens
-from flatten_diffusion.models import LAYER, ConvertedLayer, Reading, WrappedProcessor, attention, readings, wrap
+from flatten_diffusion.models import LAYER, ConvertedLayer, TokenLayout, WrappedProcessor, attention, token_layout, wrap
 from flatten_diffusion.models.attention import Split
 
 from .tiny import stir
@@ -128,7 +128,7 @@ def test_a_split_and_back(last):
 
 
 def test_a_ragged_split_and_back():
-    """Each sample's picture after its own number of text tokens, padding behind."""
+    """Each sample's image after its own number of text tokens, padding behind."""
     x = torch.arange(3 * 8).reshape(3, 8, 1, 1)
     starts = torch.tensor([0, 2, 4])
     split = Split(4, last=True, starts=starts)
@@ -157,7 +157,7 @@ class Products:
 
 
 @pytest.mark.parametrize("name", JOINT)
-def test_rows_outside_the_picture_are_native(name, monkeypatch):
+def test_rows_outside_the_image_are_native(name, monkeypatch):
     """Every layer by itself, so that its input is the native one."""
     tiny = build_wrapped(name)
     layers = linearize(tiny.model).layers
@@ -192,7 +192,7 @@ def test_rows_outside_the_picture_are_native(name, monkeypatch):
             torch.testing.assert_close(mine[1], theirs[1], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-# ---- masks, raggedness, several pictures ----
+# ---- masks, raggedness, several images ----
 
 
 def _alone(inputs, sample, text):
@@ -267,7 +267,7 @@ def _stays_softmax(tiny, why, **changes):
             tiny(**changes)
 
 
-def test_a_mask_that_differs_between_picture_tokens_keeps_softmax():
+def test_a_mask_that_differs_between_image_tokens_keeps_softmax():
     tiny = build_wrapped("omnigen")
     mask = tiny.inputs["attention_mask"].clone()
     mask[0, 20, 30] = 0
@@ -279,16 +279,16 @@ def test_a_text_mask_that_diffusers_gets_wrong_keeps_softmax():
     _stays_softmax(tiny, "instead of masking", attention_mask=torch.ones(2, 7))
 
 
-def test_pictures_of_different_sizes_in_one_batch_keep_softmax():
+def test_images_of_different_sizes_in_one_batch_keep_softmax():
     tiny = build_wrapped("qwenimage")
     shapes = [[(1, 4, 6)], [(1, 6, 4)]]
     if "img_shapes" not in inspect.signature(tiny.model.forward).parameters:
         pytest.skip("this diffusers has no img_shapes")
-    reading = readings.image_shapes(tiny.model, shapes)
-    assert reading.softmax == "pictures of different sizes in one batch"
+    reading = token_layout.image_shapes(tiny.model, shapes)
+    assert reading.softmax == "images of different sizes in one batch"
     tiny = build_wrapped("zimage")
     pictures = [tiny.inputs["x"][0], tiny.inputs["x"][1].transpose(-1, -2).contiguous()]
-    _stays_softmax(tiny, "pictures of different sizes in one batch", x=pictures)
+    _stays_softmax(tiny, "images of different sizes in one batch", x=pictures)
 
 
 def test_a_mask_that_no_row_of_the_table_foresees_keeps_softmax_and_refuses_deltas():
@@ -312,7 +312,7 @@ def test_a_mask_that_no_row_of_the_table_foresees_keeps_softmax_and_refuses_delt
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "qwenimage"])
-def test_reference_images_are_pictures_of_their_own(name):
+def test_reference_images_are_images_of_their_own(name):
     tiny = build_wrapped(name)
     adapter = linearize(tiny.model)
     stir(adapter)
@@ -330,48 +330,48 @@ def test_reference_images_are_pictures_of_their_own(name):
     assert "4 x 6 + 3 x 3" in str(adapter.report())
 
 
-def test_ids_that_are_no_picture():
+def test_ids_that_are_no_image():
     ids = position_ids(4, 6)
-    assert readings._grid_from_ids(ids) == (4, 6)
-    assert readings._grid_from_ids(ids + torch.tensor([1, 7, 9])) == (4, 6)  # references may be moved
-    assert readings._grid_from_ids(torch.cat([ids, ids])) == ((1, 4, 6), (1, 4, 6))
-    assert readings._grid_from_ids(position_ids(1, 1)) == (1, 1)
-    assert readings._grid_from_ids(position_ids(5, 1)) == (5, 1)
-    assert readings._grid_from_ids(torch.cat([ids, ids + torch.tensor([0, 10, 0])])) == ((1, 4, 6), (1, 4, 6))
+    assert token_layout._grid_from_ids(ids) == (4, 6)
+    assert token_layout._grid_from_ids(ids + torch.tensor([1, 7, 9])) == (4, 6)  # references may be moved
+    assert token_layout._grid_from_ids(torch.cat([ids, ids])) == ((1, 4, 6), (1, 4, 6))
+    assert token_layout._grid_from_ids(position_ids(1, 1)) == (1, 1)
+    assert token_layout._grid_from_ids(position_ids(5, 1)) == (5, 1)
+    assert token_layout._grid_from_ids(torch.cat([ids, ids + torch.tensor([0, 10, 0])])) == ((1, 4, 6), (1, 4, 6))
     for cut in (ids[:-2], ids[:-7], position_ids(257, 300).bfloat16()[:-1]):
-        with pytest.raises(ValueError, match="img_ids do not run through whole pictures row by row, as far as"):
-            readings._grid_from_ids(cut)
+        with pytest.raises(ValueError, match="img_ids do not run through whole images row by row, as far as"):
+            token_layout._grid_from_ids(cut)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("step", [1, 0.5, 0.3])
 @pytest.mark.parametrize("size", [(257, 257), (512, 512), (300, 257), (2, 700), (512, 2), (1, 300)])
-def test_rounded_ids_of_large_pictures(size, step, dtype):
+def test_rounded_ids_of_large_images(size, step, dtype):
     """4,112 and 8,192 pixels a side are 257 and 512 tokens; bfloat16 has no 257."""
     ids = (position_ids(*size) * torch.tensor([1, step, step])).to(dtype)
-    assert readings._grid_from_ids(ids) == size
-    assert readings._agree(ids, size).item()
-    assert not readings._agree(ids, (size[0] * size[1], 1)).item()
+    assert token_layout._grid_from_ids(ids) == size
+    assert token_layout._agree(ids, size).item()
+    assert not token_layout._agree(ids, (size[0] * size[1], 1)).item()
     if size[0] > 1:
-        assert not readings._agree(ids, (1, size[0] * size[1])).item()
+        assert not token_layout._agree(ids, (1, size[0] * size[1])).item()
 
 
-def test_rounded_ids_of_several_pictures():
+def test_rounded_ids_of_several_images():
     ids = torch.cat([position_ids(257, 300), position_ids(128, 200, picture=1) + torch.tensor([0, 0, 300])])
-    assert readings._grid_from_ids(ids.bfloat16()) == ((1, 257, 300), (1, 128, 200))
+    assert token_layout._grid_from_ids(ids.bfloat16()) == ((1, 257, 300), (1, 128, 200))
     far = position_ids(64, 64, picture=1) + torch.tensor([0, 700, 900])
-    assert readings._grid_from_ids(far.bfloat16()) == (64, 64)
+    assert token_layout._grid_from_ids(far.bfloat16()) == (64, 64)
 
 
 def test_ids_rounded_beyond_telling_raise():
     """One column of 300 rows: where two rows have one id, nothing says that they are not two columns."""
     with pytest.raises(ValueError, match="as far as bfloat16 tells: pass the ids that the pipeline makes, in float32"):
-        readings._grid_from_ids(position_ids(300, 1).bfloat16())
+        token_layout._grid_from_ids(position_ids(300, 1).bfloat16())
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "chroma"])
 def test_rounded_ids_give_what_the_exact_grid_gives(name):
-    """A picture 258 tokens wide."""
+    """A image 258 tokens wide."""
     tiny = build_wrapped(name)
     columns = tiny.inputs["img_ids"].shape[1]
     adapter = linearize(tiny.model)
@@ -390,12 +390,12 @@ def test_tokens_that_do_not_fit_are_named():
     attn = tiny.model.blocks[0].attn1
     with pytest.raises(RuntimeError, match="blocks.0.attn1: the token grid is unknown"):
         attn(torch.randn(1, 48, 24))
-    getattr(attn, LAYER).begin(Reading((2, 4, 6)))
+    getattr(attn, LAYER).begin(TokenLayout((2, 4, 6)))
     with torch.no_grad(), pytest.raises(RuntimeError, match="blocks.0.attn1: 50 tokens do not fill the 2x4x6 grid"):
         attn(torch.randn(1, 50, 24))
     joint = build_wrapped("sd3")
     linearize(joint.model)
-    with pytest.raises(RuntimeError, match="which tokens are the picture's is unknown: call the whole model"):
+    with pytest.raises(RuntimeError, match="which tokens are the image's is unknown: call the whole model"):
         joint.model.transformer_blocks[0].attn(torch.randn(1, 24, 16), torch.randn(1, 7, 16))
 
 

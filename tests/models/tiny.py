@@ -43,7 +43,7 @@ class Tiny:
         return torch.cat([part.flatten() for part in parts])
 
     def turned(self) -> dict[str, torch.Tensor]:
-        """The picture input with height and width exchanged: as many tokens, another grid."""
+        """The image input with height and width exchanged: as many tokens, another grid."""
         turned = {self.picture: self.inputs[self.picture].transpose(-1, -2).contiguous()}
         if "controlnet_cond" in self.inputs:
             turned["controlnet_cond"] = self.inputs["controlnet_cond"].transpose(-1, -2).contiguous()

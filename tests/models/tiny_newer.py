@@ -19,7 +19,7 @@ STREAM = {"attention_head_dim": 16, "num_attention_heads": 2}
 
 
 def _sized(model: nn.Module, counts: tuple[int, int, int], grid: Grid, name: str, **inputs: Any) -> TinyWrapped:
-    """A model that is given its picture as the argument `name`, as well as pictures of its size under other names."""
+    """A model that is given its image as the argument `name`, as well as images of its size under other names."""
     pictures = [name, *(n for n in ("controlnet_cond", "padding_mask", "latents", "condition_mask") if n in inputs)]
     turned = {n: turn(inputs[n]) for n in pictures}
     return TinyWrapped(wake(model), inputs, turned, grid, (*grid[:-2], grid[-1], grid[-2]), *counts)
@@ -789,4 +789,4 @@ NEWER_ALONE = (
     "hunyuandit_controlnet", "sana_controlnet", "cosmos_controlnet", "chronoedit", "skyreels", "wanvace", "wananimate",
     "anyflow", "helios", "ltx2", "acestep", "longcataudio",
 )  # fmt: skip
-"""Those whose converted layers hold the picture alone."""
+"""Those whose converted layers hold the image alone."""

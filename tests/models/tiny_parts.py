@@ -15,7 +15,7 @@ R, T = torch.randn, torch.tensor
 
 @dataclass
 class TinyWrapped:
-    """A model, a call of it, the changes that turn its picture on its side, and what a conversion must find."""
+    """A model, a call of it, the changes that turn its image on its side, and what a conversion must find."""
 
     model: nn.Module
     inputs: dict[str, Any]
@@ -41,13 +41,13 @@ def turn(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def picture(model: nn.Module, counts: tuple[int, int, int], grid: Grid = (4, 6), **inputs: Any) -> TinyWrapped:
-    """A model that is given `hidden_states` as a picture or video."""
+    """A model that is given `hidden_states` as a image or video."""
     turned = {"hidden_states": turn(inputs["hidden_states"])}
     return TinyWrapped(model, inputs, turned, grid, (*grid[:-2], grid[-1], grid[-2]), *counts)
 
 
 def position_ids(height: int, width: int, picture: int = 0, columns: int = 3) -> torch.Tensor:
-    """[height * width, columns]: (picture, row, column, 0...)."""
+    """[height * width, columns]: (image, row, column, 0...)."""
     ids = torch.zeros(height, width, columns)
     ids[..., 0] = picture
     ids[..., 1] += torch.arange(height)[:, None]

@@ -238,6 +238,25 @@ def test_registration_and_one_graph(maps):
         assert relative_error(gradient, other) < 1e-6
 
 
+def test_derivatives_that_the_kernels_lack():
+    """Forward-mode and second ones are the reference's, and never zeros."""
+    inputs = make_inputs((1, (2, 3), 1, 16), dtype=torch.float32)
+    query, direction = inputs["query"], torch.ones_like(inputs["query"])
+    found = []
+    for backend in ("reference", "triton"):
+
+        def call(query, backend=backend):
+            return attend(**{**inputs, "query": query}, backend=backend)
+
+        leaf = query.clone().requires_grad_()
+        (first,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), leaf)[0]
+        found.append((torch.func.jvp(call, (query,), (direction,))[1], second))
+    for expected, actual in zip(*found, strict=True):
+        assert expected.norm() > 0
+        assert relative_error(actual, expected) < 1e-5
+
+
 def test_what_the_kernels_do_not_take():
     assert "triton" in available_backends("cpu")
     assert resolve_backend("auto", "cpu") == "eager"

@@ -10,11 +10,12 @@ from torch.autograd import forward_ad
 
 from flatten_diffusion.ops import focused_linear_attention, split_focused_linear_attention
 from flatten_diffusion.ops.focused_linear.operator import focused_linear
+from flatten_diffusion.ops.pyramid import Cells, pyramid_attention
 from flatten_diffusion.ops.windows import join_far, join_windows, key_moments, score_moments
 
 from .focused_cases import attend, make_inputs, relative_error, run_with_gradients
 
-PICTURES = ((1, 3, 5),)
+IMAGES = ((1, 3, 5),)
 MASK = torch.arange(15)[None] % 4 > 0
 STEP = 1e-5
 
@@ -31,14 +32,20 @@ def focused(masked: bool, maps: bool):
     return function, [inputs[name] for name in names]
 
 
+def pyramid(cells: Cells):
+    tokens = torch.randn(3, 1, 54, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.arange(54)[None] % 4 > 0
+    return lambda *x: pyramid_attention(*x, ((1, 6, 9),), cells, key_mask=mask, scale=0.3), [*tokens]
+
+
 def windows(kind: str):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(4, 1, 15, 2, 4, generator=generator, dtype=torch.float64)
     far, gain, bias = (torch.randn(*shape, generator=generator).double() for shape in ((1, 15, 2), (2, 2), (2,)))
     if kind == "join_far":
-        return lambda *x: join_far(*x, PICTURES, 2, MASK, 0.3), [*tokens, far]
+        return lambda *x: join_far(*x, IMAGES, 2, MASK, 0.3), [*tokens, far]
     if kind == "join_windows":
-        return lambda *x: join_windows(*x[:4], PICTURES, 2, MASK, 0.3, *x[4:]), [*tokens, gain, bias]
+        return lambda *x: join_windows(*x[:4], IMAGES, 2, MASK, 0.3, *x[4:]), [*tokens, gain, bias]
     return lambda query, key: score_moments(query, key_moments(key, MASK), 0.3)[1:], [*tokens[:2]]
 
 
@@ -47,6 +54,8 @@ CASES = {
     "focused-masked-maps": lambda: focused(True, True),
     "join_far": lambda: windows("join_far"),
     "join_windows": lambda: windows("join_windows"),
+    "pyramid": lambda: pyramid(Cells(window=2, ring=2, far=2, budget=0)),
+    "pyramid-opened": lambda: pyramid(Cells(window=2, far=4, budget=0, opened=2)),
     "moments": lambda: windows("moments"),
 }
 
@@ -90,7 +99,7 @@ def test_forward_mode(case, grad):
         assert relative_error(dual_tangent(function, leaves, tangents), expected) < 1e-6
 
 
-@pytest.mark.parametrize("case", ["focused", "focused-masked-maps", "join_far"])
+@pytest.mark.parametrize("case", ["focused", "focused-masked-maps", "join_far", "pyramid", "pyramid-opened"])
 def test_second_derivatives(case):
     """By create_graph, of all tensors and of what the gradient was multiplied with."""
     function, tensors = CASES[case]()
@@ -121,7 +130,7 @@ def test_a_tensor_given_twice():
     assert relative_error(*(torch.autograd.grad(g.square().sum(), x)[0] for g in (fused, plain))) < 1e-12
 
 
-@pytest.mark.parametrize("case", ["focused", "focused-masked-maps", "join_far"])
+@pytest.mark.parametrize("case", ["focused", "focused-masked-maps", "join_far", "pyramid", "pyramid-opened"])
 def test_torch_func_grad_and_vmap(case):
     function, tensors = CASES[case]()
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
@@ -198,7 +207,7 @@ def test_split_over_processes_refuses_it(tmp_path):
                 function=lambda query: torch.autograd.grad(call(query, *tensors[1:]).sum(), query, create_graph=True)[
                     0
                 ],
-            ),  # fmt: skip
+            ),
         ]
         for attempt in attempts:
             with pytest.raises(RuntimeError, match="pass whole images to focused_linear_attention") as error:

@@ -96,3 +96,14 @@ def test_windows(data):
     assert_finite_where_exact_is(joined, [*tensors, far], joined)
     output, log_mass = join_windows(*tensors, pictures, size, mask, scale, gain, bias)
     assert output.isfinite().all() and log_mass.isfinite().all()
+
+
+def test_weights_of_windows_sum_to_one_in_the_gradient_of_large_scores():
+    """Equal ones of about 1e7: beside them, float32 does not hold the logarithm of how many they are."""
+    tokens = torch.randn(5, 1, 48, 2, 16, generator=torch.Generator().manual_seed(0))
+    query, key, value, mixed = (tokens[:4] * 3e3).unbind()
+    leaves = [x.detach().requires_grad_() for x in (mixed, query, key[:, :1].expand_as(key), value, tokens[4, ..., 0])]
+    output, _ = join_far(*leaves, [(1, 6, 8)], 4, None, 0.25)
+    grad_mixed, _, _, grad_value, _ = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    total = (grad_mixed + grad_value).double().sum()
+    assert abs(total / output.numel() - 1) < 1e-6

@@ -15,7 +15,7 @@ from flatten_diffusion.ops.pyramid.layout import cell_sides
 CASES = {
     "odd": (((1, 11, 9),), Cells(window=4, budget=16)),
     "fixed-far": (((1, 16, 12),), Cells(window=4, far=4, budget=0)),
-    "frames-and-pictures": (((2, 7, 10), (1, 5, 3)), Cells(window=4, budget=20)),
+    "frames-and-images": (((2, 7, 10), (1, 5, 3)), Cells(window=4, budget=20)),
     "far-beyond-window": (((1, 20, 17),), Cells(window=2, budget=16)),
     "far-twice-halved": (((1, 19, 14),), Cells(window=2, far=8, budget=0)),
     "window-6": (((1, 13, 17),), Cells(window=6, ring=3, budget=12)),
@@ -33,7 +33,7 @@ EXACT = {
 
 
 def cases(table):
-    return pytest.mark.parametrize("pictures, cells", table.values(), ids=table.keys())
+    return pytest.mark.parametrize(("pictures", "cells"), table.values(), ids=table.keys())
 
 
 def tensors(pictures, dtype=torch.float64, batch=2, heads=2, head_dim=8, seed=0):
@@ -63,7 +63,7 @@ def test_agrees_with_the_reference(pictures, cells, masked):
     torch.testing.assert_close(mass, wanted_mass, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 def test_lower_precision(dtype, tolerance):
     pictures, cells = CASES["opened-into-cells"]
     (query, key, value), mask = tensors(pictures, dtype)
@@ -91,7 +91,7 @@ def test_without_the_fused_kernel(monkeypatch):
     pictures, cells = CASES["odd"]
     (query, key, value), mask = tensors(pictures)
     fused = pyramid_attention(query, key, value, pictures, cells, key_mask=mask)
-    monkeypatch.setattr(operator_module, "_attend", operator_module._attend_plainly)
+    monkeypatch.setattr(operator_module, "_attend", operator_module.attend_plainly)
     for got, wanted in zip(pyramid_attention(query, key, value, pictures, cells, key_mask=mask), fused, strict=True):
         torch.testing.assert_close(got, wanted)
 
@@ -153,7 +153,7 @@ def test_keys_per_query_stay_bounded(side):
     assert 64 < keys_per_query([(1, side, side)], Cells()) <= (450 if side <= 128 else 470)
 
 
-def test_the_budget_is_for_all_frames_and_pictures():
+def test_the_budget_is_for_all_frames_and_images():
     assert cell_sides([(1, 64, 64)], Cells()).far == (4,)
     assert cell_sides([(4, 64, 64)], Cells()).far == (8,)
     assert cell_sides([(1, 64, 64), (1, 9, 9)], Cells()).far == (8,)
@@ -164,7 +164,7 @@ def test_the_budget_is_for_all_frames_and_pictures():
 # --- gradients -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["odd", "frames-and-pictures", "opened-into-cells"])
+@pytest.mark.parametrize("name", ["odd", "frames-and-images", "opened-into-cells"])
 def test_gradients(name):
     pictures, cells = CASES[name]
     if name == "opened-into-cells":
@@ -180,7 +180,7 @@ def test_gradients(name):
 
 
 def test_masked_keys_get_no_gradient():
-    pictures, cells = CASES["frames-and-pictures"]
+    pictures, cells = CASES["frames-and-images"]
     inputs, mask = tensors(pictures, torch.float32)
     query, key, value = (x.clone().requires_grad_() for x in inputs)
     output, mass = pyramid_attention(query, poisoned(key, mask), poisoned(value, mask), pictures, cells, key_mask=mask)
@@ -231,7 +231,7 @@ def test_autocast():
 
 
 @pytest.mark.parametrize(
-    "settings, named",
+    ("settings", "named"),
     [({"window": 0}, "window"), ({"ring": 3}, "ring"), ({"far": 12}, "far"), ({"opened_cell": 6}, "opened_cell"),
      ({"budget": -1}, "budget"), ({"opened": 1.5}, "opened"), ({"window": True}, "window")],
 )  # fmt: skip
@@ -241,7 +241,7 @@ def test_refuses_cells_that_do_not_fit(settings, named):
 
 
 @pytest.mark.parametrize("pictures", [(), ((1, 4, 5),), ((1, 0, 4),), ((1, 4, 4), (1, 1, 1))])
-def test_refuses_pictures_that_do_not_hold_the_tokens(pictures):
+def test_refuses_images_that_do_not_hold_the_tokens(pictures):
     query = torch.zeros(1, 16, 1, 8)
     with pytest.raises(ValueError, match="make them equal"):
         pyramid_attention(query, query, query, pictures)

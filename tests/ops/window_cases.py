@@ -9,7 +9,7 @@ import torch
 from flatten_diffusion.ops.windows import join_windows
 
 CASES = [
-    # (batch, heads, head_dim), pictures, size, masked
+    # (batch, heads, head_dim), images, size, masked
     ((2, 3, 40), ((1, 11, 9),), 4, False),
     ((1, 2, 64), ((1, 16, 8),), 8, True),
     ((2, 1, 20), ((2, 5, 7), (1, 3, 4)), 3, True),

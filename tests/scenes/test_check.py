@@ -75,7 +75,7 @@ def test_all_four_relations_are_told_apart():
         assert holding == [relation]
 
 
-def test_an_empty_picture_holds_only_its_background():
+def test_an_empty_image_holds_only_its_background():
     picture = Image.new("RGB", (128, 128), BACKGROUNDS["white"][0])
     holding = [fact.name for fact in check(picture, "a red circle on a white background") if fact.holds]
     assert holding == ["background white"]

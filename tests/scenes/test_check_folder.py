@@ -1,4 +1,4 @@
-"""The share of stated facts that the pictures of a folder show."""
+"""The share of stated facts that the images of a folder show."""
 
 import json
 
@@ -19,13 +19,13 @@ def folder_of(tmp_path, *pairs):
     return tmp_path
 
 
-def test_it_is_the_mean_over_pictures(tmp_path):
+def test_it_is_the_mean_over_images(tmp_path):
     facts = check(render(WRONG, 128, 1), RIGHT)
     assert not any(fact.holds for fact in facts)
     folder = folder_of(tmp_path, (RIGHT, RIGHT), (WRONG, RIGHT), (WRONG, WRONG))
     assert check_folder(folder)["fact_accuracy"] == pytest.approx(2 / 3)
 
 
-def test_a_caption_outside_the_grammar_names_its_picture(tmp_path):
+def test_a_caption_outside_the_grammar_names_its_image(tmp_path):
     with pytest.raises(ValueError, match="1.png"):
         check_folder(folder_of(tmp_path, (RIGHT, RIGHT), (RIGHT, "a photo of a cat")))

@@ -52,6 +52,6 @@ def test_captions_that_cannot_be_read_are_named(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: file exists\n"
 
 
-def test_a_folder_without_pictures(tmp_path, capsys):
+def test_a_folder_without_images(tmp_path, capsys):
     assert main(["check", str(tmp_path)]) == 2
-    assert "holds no pictures" in capsys.readouterr().err
+    assert "holds no images" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from flatten_diffusion.scenes import (
     render,
     sample_captions,
 )
-from flatten_diffusion.scenes.latents import picture_latents
+from flatten_diffusion.scenes.latents import image_latents
 
 FOLDERS = {"scenes": (PIPELINE_DIR, ADAPTER_DIR), "scenes-sd3": (SD3_PIPELINE_DIR, SD3_ADAPTER_DIR)}
 
@@ -62,7 +62,7 @@ def test_nothing_that_ships_names_a_path_of_the_machine_it_was_made_on(folder):
         assert not absolute.search(content), (path, absolute.search(content))
 
 
-# The values measured on 200 captions are in the model cards; another picture's caption sets the floor.
+# The values measured on 200 captions are in the model cards; another image's caption sets the floor.
 @pytest.mark.parametrize(("name", "count", "steps", "least"), [("scenes", 12, 20, 0.75), ("scenes-sd3", 8, 12, 0.55)])
 def test_it_draws_unseen_captions(name, count, steps, least):
     captions = sample_captions(count, seed=4, held_out=True)
@@ -95,7 +95,7 @@ def test_its_distilled_adapter_predicts_what_the_original_does(name, layers, mos
     model = resolve_model(pipe)
     captions = sample_captions(8, seed=4, held_out=True)
     pictures = np.stack([np.asarray(render(caption, 128, index)) for index, caption in enumerate(captions)])
-    clean = picture_latents(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    clean = image_latents(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     timesteps = torch.arange(50, 850, 100)
     noisy = Diffusion(pipe.scheduler).add_noise(clean, noise, timesteps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -256,7 +257,7 @@ def crossover(results: Sequence[dict[str, Any]], suffix: str = "") -> dict[str, 
     if all(speed < 0 for _, speed in points):
         return {"verdict": "slower at every measured size", "pixels": None}
     # The last change from slower to faster; timing noise may show earlier ones.
-    for (area, speed), (next_area, next_speed) in reversed(list(zip(points, points[1:], strict=False))):
+    for (area, speed), (next_area, next_speed) in reversed(list(itertools.pairwise(points))):
         if speed < 0 <= next_speed:
             logarithm = area + (next_area - area) * -speed / (next_speed - speed)
             side = round(math.sqrt(math.exp(logarithm)))

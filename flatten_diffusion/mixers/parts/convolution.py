@@ -8,7 +8,7 @@ from torch import nn
 
 from ...ops.focused_linear.reference import depthwise_convolution
 from ..calibration import MixerInputs, Weights
-from ..grid import Grid, pictures_of
+from ..grid import Grid, images_of
 from .least_squares import check_finite, in_full_precision
 
 
@@ -24,7 +24,7 @@ def convolve(
     value [B, N, H, D], weight [H * D, 1, K, K], bias [H * D] or None, key_mask bool [B, N] or None: masked values count
     as zeros.
     """
-    pictures = pictures_of(grid)
+    pictures = images_of(grid)
     batch, _, heads, head_dim = value.shape
     if key_mask is not None:
         value = value.masked_fill(~key_mask[:, :, None, None], 0.0)
@@ -40,7 +40,7 @@ def convolve(
 def frames_of(tokens: torch.Tensor, grid: Grid) -> list[torch.Tensor]:
     """[B, N, H, D] -> for each image [B * frames * H, D, height, width], in float32."""
     batch, _, heads, head_dim = tokens.shape
-    pictures = pictures_of(grid)
+    pictures = images_of(grid)
     parts = tokens.float().split([frames * height * width for frames, height, width in pictures], dim=1)
     return [
         part.reshape(batch * frames, height * width, heads, head_dim)

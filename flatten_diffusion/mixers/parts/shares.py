@@ -16,7 +16,7 @@ import torch
 from ...ops.windows import window_indices
 from ..base import Calibration, Context
 from ..calibration import Statistic, Weights
-from ..grid import pictures_of
+from ..grid import images_of
 from .least_squares import check_finite, in_full_precision, second_moments, solve_ridge
 from .text import OtherTokens, TextJoin, estimate_log_partition, softmax_with_sink
 from .window import WindowAttention
@@ -95,7 +95,7 @@ def _step(tokens: int) -> int:
 def _near(inputs: JoinInputs, size: int) -> torch.Tensor:
     """bool [N, 1, M]: whether a key is in the window of a query of `_thinned`."""
     assert inputs.context.grid is not None, "a layer with windows is given the grid"
-    window = window_indices(pictures_of(inputs.context.grid), size, inputs.key.device)
+    window = window_indices(images_of(inputs.context.grid), size, inputs.key.device)
     return (window[:: _step(len(window)), None] == window)[:, None]
 
 

@@ -1,7 +1,7 @@
-"""Softmax within windows of the picture beside the linear part for what lies beyond, under one normaliser.
+"""Softmax within windows of the image beside the linear part for what lies beyond, under one normaliser.
 
 What a query looks at next to itself it often picks by content, which neither a linear map of few dimensions nor a
-convolution can tell apart; within windows softmax is affordable, since its cost too grows linearly with the picture.
+convolution can tell apart; within windows softmax is affordable, since its cost too grows linearly with the image.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import nn
 from ...ops import call_dtype
 from ...ops.windows import NO_KEY, fits, from_windows, join_far, join_windows, windows_of
 from ..base import Context
-from ..grid import Grid, pictures_of
+from ..grid import Grid, images_of
 from .text import OtherTokens, corrected_partition, estimate_log_partition, softmax_with_sink
 
 
 class WindowAttention(nn.Module):
     """Joins the mixer's output with the softmax over each query's own window.
 
-    The picture is cut into windows of `size` x `size` tokens, from its upper left corner (smaller ones at its edges),
+    The image is cut into windows of `size` x `size` tokens, from its upper left corner (smaller ones at its edges),
     frame by frame. With W the keys in the window of query i, S_i the softmax over them and L_i the mixer's output,
 
         out_i = (1 - g_i) S_i + g_i L_i,   g_i = Z_far / (Z_W + Z_far).
@@ -29,7 +29,7 @@ class WindowAttention(nn.Module):
 
         log Z_far = bias_h + log n_far + (1 + gain_h0) a_i + (1 + gain_h1) b_i.
 
-    Where one window holds the whole picture, this is the softmax itself, but for rounding and a share below 1e-4.
+    Where one window holds the whole image, this is the softmax itself, but for rounding and a share below 1e-4.
 
     Parameters (zeros at the start): gain: [heads, 2], bias: [heads].
     """
@@ -61,7 +61,7 @@ class WindowAttention(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, context: Context
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """log n_far [B or 1, N, 1], a and b [B, N, H], of which log Z_far is made."""
-        mask, pictures = context.key_mask, pictures_of(_grid(context))
+        mask, pictures = context.key_mask, images_of(_grid(context))
         _, average, spread = estimate_log_partition(query, key, mask, context.softmax_scale(query))
         keep = key.new_ones(1, key.shape[1]) if mask is None else mask
         keep = keep.to(average.dtype)
@@ -76,7 +76,7 @@ class WindowAttention(nn.Module):
         if torch.compiler.is_compiling():  # which would unroll the blocks
             rest, share, log_partition = self.parts(query, key, value, context)
             return rest + share * mixed, log_partition
-        scale, pictures, mask = context.softmax_scale(query), pictures_of(_grid(context)), context.key_mask
+        scale, pictures, mask = context.softmax_scale(query), images_of(_grid(context)), context.key_mask
         mixed, query, key, value = (x.to(call_dtype(query)) for x in (mixed, query, key, value))
         if torch.is_grad_enabled():
             log_far = self.log_far(query, key, context)
@@ -100,7 +100,7 @@ def attend_within(
     log_partition: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `softmax_with_sink`, each query with the keys of its own window."""
-    mask, pictures = context.key_mask, pictures_of(_grid(context))
+    mask, pictures = context.key_mask, images_of(_grid(context))
     if mask is not None:  # whatever a masked slot holds, NaN included, is never read
         key, value = (x.masked_fill(~mask[:, :, None, None], 0.0) for x in (key, value))
     if mask is None and not all(fits(picture, size) for picture in pictures):

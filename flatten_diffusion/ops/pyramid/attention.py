@@ -12,26 +12,27 @@ import torch.nn.functional as F
 from ..focused_linear.arguments import FocusedArguments
 from ..focused_linear.dispatch import call_dtype
 from ..focused_linear.reference import compute_dtype
-from ..windows import Picture
+from ..transforms import needs_plain_torch
+from ..windows import ImageSize
 from .layout import Cells, cell_sides
-from .operator import no_key, pyramid
+from .operator import attend_in_blocks, attend_plainly, no_key, pyramid
 
 
 def pyramid_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageSize],
     cells: Cells | None = None,
     *,
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention of pictures to themselves, over keys that are pooled the more the farther they are.
+    """Softmax attention of images to themselves, over keys that are pooled the more the farther they are.
 
     A query sees the keys of its own window (`size` x `size` tokens, from the upper left corner, smaller at the lower
     and right edges), the means of small cells of the eight windows around, and the means of larger cells of all else:
-    of its frame, of every other frame, and of the other pictures. With c a token or a cell, n_c the number of its keys
+    of its frame, of every other frame, and of the other images. With c a token or a cell, n_c the number of its keys
     that count, and means over these,
 
         out_i = sum_c w_ic mean(v)_c,   w_ic = n_c exp(scale q_i . mean(k)_c) / Z_i,   log Z_i = log-sum-exp.
@@ -45,7 +46,7 @@ def pyramid_attention(
 
     Args:
         query, key, value: [B, N, H, D], of the same tokens; one dtype and device.
-        pictures: (frames, height, width) of each picture, in the order of its tokens.
+        images: (frames, height, width) of each image, in the order of its tokens.
         cells: see `Cells`; None for its defaults.
         key_mask: bool [B, N], True where a key counts. Masked keys and values are never read, whatever they hold.
         scale: of the scores; None means D ** -0.5.
@@ -53,11 +54,11 @@ def pyramid_attention(
     Returns:
         [B, N, H, D] in the query's dtype, and log Z [B, N, H] in float32 (float64 for float64), exact over the pooled
         keys. A sample without any key gives zeros and a very low log Z (below -1e4). Accumulation is float32 (float64
-        for float64); under autocast, query, key and value are first cast to its dtype. Differentiable once, in query,
-        key and value, through both results.
+        for float64); under autocast, query, key and value are first cast to its dtype. Differentiable in query, key and
+        value through both results; forward-mode, second and torch.func's derivatives in plain torch, at its speed.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, or pictures that do not hold N tokens.
+        ValueError: shapes, dtypes or devices that do not fit together, or images that do not hold N tokens.
     """
     cells = Cells() if cells is None else cells
     FocusedArguments(query, key, value, None, None, None, None, None, key_mask, 1.0, None).check()
@@ -65,7 +66,7 @@ def pyramid_attention(
     held = sum(math.prod(picture) for picture in sizes)
     if not sizes or min(min(picture) for picture in sizes) < 1 or not query.shape[1] == key.shape[1] == held:
         raise ValueError(
-            f"The pictures {sizes} hold {held} tokens, query {query.shape[1]} and key {key.shape[1]}: "
+            f"The images {sizes} hold {held} tokens, query {query.shape[1]} and key {key.shape[1]}: "
             "make them equal, and every side at least 1."
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -79,14 +80,15 @@ def pyramid_attention(
         bias, share = _counts(key, key_mask, sizes, sides, no_key(dtype))
         keys, values = (_table(x.to(dtype), sizes, sides, share) for x in (key, value))
         numbers = [number for picture in sizes for number in picture]
-        output: tuple[torch.Tensor, torch.Tensor] = pyramid(
-            query, keys, values, bias.to(dtype), numbers, list(astuple(cells)), scale
-        )
+        call = query, keys, values, bias.to(dtype), numbers, list(astuple(cells)), scale
+        if needs_plain_torch():
+            return attend_in_blocks(*call, attend_plainly)
+        output: tuple[torch.Tensor, torch.Tensor] = pyramid(*call)
     return output
 
 
 def _table(
-    x: torch.Tensor, pictures: Sequence[Picture], sides: Sequence[int], share: torch.Tensor | None
+    x: torch.Tensor, pictures: Sequence[ImageSize], sides: Sequence[int], share: torch.Tensor | None
 ) -> torch.Tensor:
     """[B, N, H, D] -> [B, H, R, D]: the tokens, the means of the cells of each side, and a row of zeros; `share`
     [B, cells] is that of a cell's tokens that count."""
@@ -102,7 +104,7 @@ def _table(
 
 
 def _counts(
-    key: torch.Tensor, key_mask: torch.Tensor | None, pictures: Sequence[Picture], sides: Sequence[int], low: float
+    key: torch.Tensor, key_mask: torch.Tensor | None, pictures: Sequence[ImageSize], sides: Sequence[int], low: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log of the number of keys of each row of the table, [B or 1, R], `low` for none; and the share of a cell's tokens
     that count [B, cells], None without a mask."""
@@ -115,7 +117,7 @@ def _counts(
     return bias, None if key_mask is None else (number.clamp(min=1) / whole)[:, tokens:]
 
 
-def _numbers(keep: torch.Tensor, pictures: Sequence[Picture], sides: Sequence[int]) -> torch.Tensor:
+def _numbers(keep: torch.Tensor, pictures: Sequence[ImageSize], sides: Sequence[int]) -> torch.Tensor:
     """[B, N, 1, 1] -> sums over tokens and the cells of each side, [B, R - 1]."""
     parts = [keep.flatten(1)]
     for side in sides:
@@ -124,7 +126,7 @@ def _numbers(keep: torch.Tensor, pictures: Sequence[Picture], sides: Sequence[in
     return torch.cat(parts, dim=1)
 
 
-def _frames(x: torch.Tensor, pictures: Sequence[Picture]) -> Iterator[torch.Tensor]:
-    """[B, N, H, D] -> for each picture [B * frames, H * D, height, width], a view."""
+def _frames(x: torch.Tensor, pictures: Sequence[ImageSize]) -> Iterator[torch.Tensor]:
+    """[B, N, H, D] -> for each image [B * frames, H * D, height, width], a view."""
     for part, (_, height, width) in zip(x.split([math.prod(p) for p in pictures], dim=1), pictures, strict=True):
         yield part.flatten(2).reshape(-1, height, width, x.shape[2] * x.shape[3]).permute(0, 3, 1, 2)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..windows import Picture
+from ..windows import ImageSize
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Cells:
     Args:
         window: side of the windows, in tokens, within which keys are exact.
         ring: side of the cells in the eight windows around, of which keys are means; divides the window.
-        far: least side of the cells beyond, and of those of other frames and pictures.
-        budget: at most so many far cells, over all frames and pictures: their side grows until they fit, so that cost
+        far: least side of the cells beyond, and of those of other frames and images.
+        budget: at most so many far cells, over all frames and images: their side grows until they fit, so that cost
             is linear in the tokens. 0 for no bound: `far` it is, and cost grows with the tokens' square.
         opened: how many far cells of the largest mass under a window's mean query are read more finely, per head.
         opened_cell: side of the cells they are read as; 1 for token by token.
@@ -61,7 +61,7 @@ class Cells:
 
 
 class Sides(NamedTuple):
-    """The sides of cells at one size of pictures: of the ring, of the far cells (the largest first, then what it is
+    """The sides of cells at one size of images: of the ring, of the far cells (the largest first, then what it is
     halved into where it would reach into the ring), and of what opened cells are read as (None: none are)."""
 
     ring: int
@@ -73,7 +73,7 @@ class Sides(NamedTuple):
         return sorted({self.ring, *self.far, self.opened or 1} - {1})
 
 
-def cell_sides(pictures: Sequence[Picture], cells: Cells) -> Sides:
+def cell_sides(pictures: Sequence[ImageSize], cells: Cells) -> Sides:
     """See `Sides`."""
     side, longest = cells.far, max(max(picture[1:]) for picture in pictures)
     while (
@@ -89,7 +89,7 @@ def cell_sides(pictures: Sequence[Picture], cells: Cells) -> Sides:
     return Sides(min(cells.ring, side), tuple(far), opened if cells.opened and opened < side else None)
 
 
-def keys_per_query(pictures: Sequence[Picture], cells: Cells) -> int:
+def keys_per_query(pictures: Sequence[ImageSize], cells: Cells) -> int:
     """How many keys a query's softmax is over, in the window that has most; those that masks leave out included."""
     layouts = [layout(tuple(pictures), cells, at, torch.device("cpu")) for at in range(len(pictures))]
     children = layouts[0].children
@@ -98,7 +98,7 @@ def keys_per_query(pictures: Sequence[Picture], cells: Cells) -> int:
 
 
 class Layout(NamedTuple):
-    """Of the windows of one picture, W = frames * windows of a frame: see `layout`.
+    """Of the windows of one image, W = frames * windows of a frame: see `layout`.
 
     Attributes:
         rows: [W, K] of the table; its last row, which is no key, where a window has fewer keys than K.
@@ -120,8 +120,8 @@ class Layout(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def layout(pictures: tuple[Picture, ...], cells: Cells, at: int, device: torch.device) -> Layout:
-    """Of picture number `at`. The table holds all tokens, then for each of `Sides.pooled` the cells of every frame,
+def layout(pictures: tuple[ImageSize, ...], cells: Cells, at: int, device: torch.device) -> Layout:
+    """Of image number `at`. The table holds all tokens, then for each of `Sides.pooled` the cells of every frame,
     row by row, and a last row that is no key."""
     sides, size = cell_sides(pictures, cells), cells.window
     frames = [(height, width) for count, height, width in pictures for _ in range(count)]

@@ -6,20 +6,50 @@ backward pass is written out: it recomputes each block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from ..focused_linear.eager import block_elements
 from ..focused_linear.reference import compute_dtype
-from ..windows import Picture, from_windows, windows_of
+from ..transforms import backward_needs_plain_torch, differentiable_gradients
+from ..windows import ImageSize, from_windows, windows_of
 from .layout import Cells, Layout, layout
 
 
 def no_key(dtype: torch.dtype) -> float:
     """Score of a row that is no key. Finite: a query without any key gets the mean of zeros, not of nothing."""
     return -3e4 if dtype.itemsize == 2 else -1e30
+
+
+def attend_in_blocks(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor,
+    pictures: list[int],
+    cells: list[int],
+    scale: float,
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B, N, H, D] and log-sum-exp [B, N, H] of query [B, N, H, D] over tables of keys and values [B, H, R, D],
+    bias [B or 1, R]; `images` and `cells` as plain numbers. With `attend_plainly`, torch differentiates all of it."""
+    triples, setting = _triples(pictures), Cells(*cells)
+    outputs, masses = [], []
+    for at, windows in enumerate(_by_sample(query, triples, setting.window)):
+        plan = layout(triples, setting, at, query.device)
+        output = torch.empty_like(windows)
+        mass = windows.new_empty(windows.shape[:-1], dtype=compute_dtype(query.dtype))
+        for block in _blocks(plan, windows, keys, bias, setting, scale):
+            key, value = block.rows(keys, values)
+            part, logs = attend(block.of(windows), key, value, block.bias, scale)
+            block.put(output, part)
+            block.put(mass[..., None], logs[..., None])
+        outputs.append(output.flatten(0, 1))
+        masses.append(mass.flatten(0, 1))
+    return from_windows(outputs, triples, setting.window), from_windows(masses, triples, setting.window)
 
 
 @torch.library.custom_op("flatten_diffusion::pyramid", mutates_args=())
@@ -32,22 +62,10 @@ def pyramid(
     cells: list[int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [B, N, H, D] and log-sum-exp [B, N, H] of query [B, N, H, D] over tables of keys and values [B, H, R, D],
-    bias [B or 1, R]; `pictures` and `cells` as plain numbers."""
-    triples, setting = _triples(pictures), Cells(*cells)
-    outputs, masses = [], []
-    for at, windows in enumerate(_by_sample(query, triples, setting.window)):
-        plan = layout(triples, setting, at, query.device)
-        output = torch.empty_like(windows)
-        mass = windows.new_empty(windows.shape[:-1], dtype=compute_dtype(query.dtype))
-        for block in _blocks(plan, windows, keys, bias, setting, scale):
-            key, value = block.rows(keys, values)
-            part, logs = _attend(block.of(windows), key, value, block.bias, scale)
-            block.put(output, part)
-            block.put(mass[..., None], logs[..., None])
-        outputs.append(output.flatten(0, 1))
-        masses.append(mass.flatten(0, 1))
-    return from_windows(outputs, triples, setting.window), from_windows(masses, triples, setting.window)
+    """`attend_in_blocks` as one node, for a gradient and nothing else."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("flatten_diffusion::pyramid has no forward-mode derivative: call pyramid_attention.")
+    return attend_in_blocks(query, keys, values, bias, pictures, cells, scale, _attend)
 
 
 @pyramid.register_fake
@@ -128,6 +146,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 
 def _backward(ctx: Any, grad_output: torch.Tensor, grad_mass: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    if backward_needs_plain_torch():
+        tensors, bias = ctx.saved_tensors[:3], ctx.saved_tensors[3]
+
+        def plain(query: Any, keys: Any, values: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return attend_in_blocks(query, keys, values, bias, ctx.pictures, ctx.cells, ctx.scale, attend_plainly)
+
+        needed = ctx.needs_input_grad[:3]
+        return (*differentiable_gradients(plain, tensors, needed, (grad_output, grad_mass)), *[None] * 4)
     # Called under autocast too, which would undo the float32 accumulation.
     with torch.autocast(grad_output.device.type, enabled=False):
         grads = pyramid_backward(grad_output, grad_mass, *ctx.saved_tensors, ctx.pictures, ctx.cells, ctx.scale)
@@ -193,7 +219,7 @@ def _blocks(
                     index = torch.cat([index.expand(len(children), -1, -1), children], dim=-1)
                 scores = weigh.index_select(0, index.flatten()).view(index.shape)
                 if opened is not None:
-                    scores.scatter_(-1, slots, no_key(scores.dtype))
+                    scores = scores.scatter(-1, slots, no_key(scores.dtype))
                 yield _Block(sample, those, some, index.expand(those.stop - head, -1, -1), scores)
 
 
@@ -237,22 +263,22 @@ def _attend(
         )
         mass = mass[..., : query.shape[2]]  # the kernel rounds up
     else:
-        return _attend_plainly(query, key, value, bias, scale)
+        return attend_plainly(query, key, value, bias, scale)
     return output, mass
 
 
-def _attend_plainly(
+def attend_plainly(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scores = (query @ key.transpose(-1, -2)).to(compute_dtype(query.dtype)).mul_(scale).add_(bias[:, :, None])
     mass = scores.logsumexp(dim=-1)
-    return scores.sub_(mass[..., None]).exp_().to(value.dtype) @ value, mass
+    return (scores - mass[..., None]).exp().to(value.dtype) @ value, mass
 
 
-def _by_sample(x: torch.Tensor, pictures: Sequence[Picture], size: int) -> list[torch.Tensor]:
-    """Of each picture [B, W, t, ...]."""
+def _by_sample(x: torch.Tensor, pictures: Sequence[ImageSize], size: int) -> list[torch.Tensor]:
+    """Of each image [B, W, t, ...]."""
     return [windows.unflatten(0, (len(x), -1)) for windows in windows_of(x, pictures, size)]
 
 
-def _triples(pictures: list[int]) -> tuple[Picture, ...]:
+def _triples(pictures: list[int]) -> tuple[ImageSize, ...]:
     return tuple((pictures[at], pictures[at + 1], pictures[at + 2]) for at in range(0, len(pictures), 3))

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..windows import Picture
+from ..windows import ImageSize
 from .layout import Cells, cell_sides
 
 Box = tuple[int, int, int, int, int]
-"""(frame, top, left, height, width) of tokens; frames counted over all pictures."""
+"""(frame, top, left, height, width) of tokens; frames counted over all images."""
 
 
 class _Key(NamedTuple):
@@ -25,7 +25,7 @@ def pyramid_attention_reference(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageSize],
     cells: Cells,
     *,
     key_mask: torch.Tensor | None = None,
@@ -53,7 +53,7 @@ def pyramid_attention_reference(
     return output, mass
 
 
-def _seen(frames: list[tuple[int, int, int]], pictures: Sequence[Picture], cells: Cells, window: Box) -> list[_Key]:
+def _seen(frames: list[tuple[int, int, int]], pictures: Sequence[ImageSize], cells: Cells, window: Box) -> list[_Key]:
     """What a window's queries see: each key's tokens."""
     sides = cell_sides(pictures, cells)
     frame, top, left, size, _ = window
@@ -76,7 +76,7 @@ def _open(
     queries: torch.Tensor,
     seen: list[_Key],
     frames: list[tuple[int, int, int]],
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageSize],
     cells: Cells,
     parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float],
 ) -> list[_Key]:
@@ -112,7 +112,7 @@ def _softmax(
     return scores.softmax(dim=-1) @ values, scores.logsumexp(dim=-1)
 
 
-def _frames_of(pictures: Sequence[Picture]) -> list[tuple[int, int, int]]:
+def _frames_of(pictures: Sequence[ImageSize]) -> list[tuple[int, int, int]]:
     """(first token, height, width) of every frame."""
     frames, first = [], 0
     for count, height, width in pictures:

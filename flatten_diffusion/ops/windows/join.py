@@ -1,4 +1,4 @@
-"""Softmax within windows of a picture, joined with attention to all that lies beyond them.
+"""Softmax within windows of a image, joined with attention to all that lies beyond them.
 
 The tokens go through in blocks of whole windows, small enough for scores and copies to stay in cache: main memory sees
 query, key, value, what is joined, and the output; the backward pass recomputes each block.
@@ -17,7 +17,7 @@ from ..focused_linear.reference import compute_dtype
 from ..transforms import backward_needs_plain_torch, differentiable_gradients, needs_plain_torch
 from . import reference
 from .moments import key_moments, moments_of_rows, score_moments
-from .partition import Block, JoinArguments, Picture, blocks
+from .partition import Block, ImageSize, JoinArguments, blocks
 
 NO_KEY = 1e-4
 """What counts as the number of keys beyond a window that leaves none out: next to nothing, yet its logarithm is finite
@@ -29,7 +29,7 @@ def join_windows(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageSize],
     size: int,
     key_mask: torch.Tensor | None,
     scale: float,
@@ -116,7 +116,7 @@ def join_far(
     key: torch.Tensor,
     value: torch.Tensor,
     log_far: torch.Tensor,
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageSize],
     size: int,
     key_mask: torch.Tensor | None,
     scale: float,

@@ -1,4 +1,4 @@
-"""A picture's tokens cut into windows: as tensors of windows, and as views of blocks of them."""
+"""A image's tokens cut into windows: as tensors of windows, and as views of blocks of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..focused_linear.eager import block_elements
 
-Picture = tuple[int, int, int]
+ImageSize = tuple[int, int, int]
 """(frames, height, width) of tokens in row-major order."""
 
 
@@ -22,14 +22,14 @@ class JoinArguments(NamedTuple):
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    pictures: tuple[Picture, ...]
+    pictures: tuple[ImageSize, ...]
     size: int
     key_mask: torch.Tensor | None
     scale: float
 
 
-def windows_of(tokens: torch.Tensor, pictures: Sequence[Picture], size: int) -> list[torch.Tensor]:
-    """[B, N, ...] -> for each picture [B * windows, tokens of a window, ...]; missing ones at the edges are zero."""
+def windows_of(tokens: torch.Tensor, pictures: Sequence[ImageSize], size: int) -> list[torch.Tensor]:
+    """[B, N, ...] -> for each image [B * windows, tokens of a window, ...]; missing ones at the edges are zero."""
     rest = tokens.shape[2:]
     windows = []
     for part, picture in zip(tokens.split([math.prod(p) for p in pictures], dim=1), pictures, strict=True):
@@ -44,7 +44,7 @@ def windows_of(tokens: torch.Tensor, pictures: Sequence[Picture], size: int) -> 
     return windows
 
 
-def from_windows(windows: Sequence[torch.Tensor], pictures: Sequence[Picture], size: int) -> torch.Tensor:
+def from_windows(windows: Sequence[torch.Tensor], pictures: Sequence[ImageSize], size: int) -> torch.Tensor:
     """The inverse of `windows_of`."""
     parts = []
     for part, picture in zip(windows, pictures, strict=True):
@@ -57,7 +57,7 @@ def from_windows(windows: Sequence[torch.Tensor], pictures: Sequence[Picture], s
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def window_indices(pictures: Sequence[Picture], size: int, device: torch.device) -> torch.Tensor:
+def window_indices(pictures: Sequence[ImageSize], size: int, device: torch.device) -> torch.Tensor:
     """[N]: which window each token is in, counted from 0."""
     count, indices = 0, []
     tokens = sum(math.prod(picture) for picture in pictures)
@@ -67,13 +67,13 @@ def window_indices(pictures: Sequence[Picture], size: int, device: torch.device)
     return from_windows(indices, pictures, size)[0]
 
 
-def fits(picture: Picture, size: int) -> bool:
+def fits(picture: ImageSize, size: int) -> bool:
     """Whether windows fill the frames without going beyond."""
     (rows, columns), (down, across) = _cut(picture, size)
     return picture[1:] == (rows * down, columns * across)
 
 
-def _cut(picture: Picture, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def _cut(picture: ImageSize, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Windows down and across a frame, and tokens down and across a window."""
     _, height, width = picture
     down, across = min(size, height), min(size, width)
@@ -109,7 +109,7 @@ class Block(NamedTuple):
         view.copy_(part.view(view.shape))
 
 
-def blocks(pictures: Sequence[Picture], size: int, x: torch.Tensor) -> Iterator[Block]:
+def blocks(pictures: Sequence[ImageSize], size: int, x: torch.Tensor) -> Iterator[Block]:
     """All windows, the smaller ones at the lower and right edges too, in blocks that fit the cache."""
     limit = max(block_elements(x) // (x.shape[2] * max(x.shape[3], size * size)), 1)
     first = 0

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from ..focused_linear.reference import compute_dtype
-from .partition import JoinArguments, Picture, from_windows, windows_of
+from .partition import ImageSize, JoinArguments, from_windows, windows_of
 
 
 def keys_of_windows(
-    key: torch.Tensor, key_mask: torch.Tensor | None, pictures: Sequence[Picture], size: int
+    key: torch.Tensor, key_mask: torch.Tensor | None, pictures: Sequence[ImageSize], size: int
 ) -> torch.Tensor:
     """How many keys each query's window holds, [B or 1, N], in the compute dtype."""
     keep = key.new_ones(1, key.shape[1]) if key_mask is None else key_mask

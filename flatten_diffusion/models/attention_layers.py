@@ -1,4 +1,4 @@
-"""Which attention layers of a model hold pictures, by the rows of `rows.FAMILIES`, and why the others stay softmax."""
+"""Which attention layers of a model hold images, by the table of architectures, and why the others stay softmax."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from fnmatch import fnmatchcase
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from .architectures import ARCHITECTURES, REFUSED, Architecture
 from .layer import Place
-from .rows import FAMILIES, REFUSED, Family
 
-_BY_OWNER: dict[str, list[Family]] = {}
-for _family in FAMILIES:
+_BY_OWNER: dict[str, list[Architecture]] = {}
+for _family in ARCHITECTURES:
     _BY_OWNER.setdefault(_family.owner, []).append(_family)
 
 
 @dataclass(frozen=True)
-class Finding:
+class LayerInfo:
     """One attention layer of a model, as the table sees it.
 
     Attributes:
         name, attn: the path and the attention module.
-        reason: why the layer must stay softmax; None when it holds a picture and can be converted.
+        reason: why the layer must stay softmax; None when it holds a image and can be converted.
         offered: why it is left alone unless `include` names it; None when nothing speaks against it.
-        place: where the picture's tokens stand in its sequence.
-        family, owner_name, owner: the row that applies and the module it applies to; None when no row does.
+        place: where the image's tokens stand in its sequence.
+        architecture, owner_name, owner: the row that applies and the module it applies to; None when no row does.
     """
 
     name: str
     attn: nn.Module
     reason: str | None
-    family: Family | None = None
+    architecture: Architecture | None = None
     owner_name: str = ""
     owner: nn.Module | None = None
     offered: str | None = None
@@ -42,14 +42,16 @@ class Finding:
     @property
     def argument_positions(self) -> tuple[tuple[str, int], ...]:
         """(name, place in the owner's `forward`, `self` not counted) of what the grid is read from."""
-        if self.owner is None or self.family is None:
+        if self.owner is None or self.architecture is None:
             raise ValueError(f"{self.name}: no family row applies.")
         # The class's own forward: offloading replaces the instance's by a wrapper of another signature.
         known = list(inspect.signature(type(self.owner).forward).parameters)
-        return tuple((name, known.index(name) - 1 if name in known else len(known)) for name in self.family.arguments)
+        return tuple(
+            (name, known.index(name) - 1 if name in known else len(known)) for name in self.architecture.arguments
+        )
 
 
-def survey(model: nn.Module) -> list[Finding]:
+def find_attention_layers(model: nn.Module) -> list[LayerInfo]:
     """Every attention layer of `model` (every module that takes a processor), in the order of `named_modules`."""
     modules = dict(model.named_modules())
     return [_judge(name, module, modules) for name, module in modules.items() if _is_attention(module)]
@@ -60,30 +62,30 @@ def _is_attention(module: nn.Module) -> bool:
     return hasattr(module, "processor") and (hasattr(module, "set_processor") or "Attention" in type(module).__name__)
 
 
-def _judge(name: str, attn: nn.Module, modules: Mapping[str, nn.Module]) -> Finding:
-    owner_name, family = _nearest_row(name, modules)
-    if family is None:
+def _judge(name: str, attn: nn.Module, modules: Mapping[str, nn.Module]) -> LayerInfo:
+    owner_name, architecture = _nearest_row(name, modules)
+    if architecture is None:
         kind = f"{type(attn).__name__} with {type(attn.processor).__name__}"
         unknown = f"{kind}: outside the families this version knows"
-        return Finding(name, attn, _refusal(name, modules) or _own_reason(attn) or unknown)
+        return LayerInfo(name, attn, _refusal(name, modules) or _own_reason(attn) or unknown)
     path = name[len(owner_name) + 1 :] if owner_name else name
-    reason = _first_match(path, family.kept)
-    if reason is None and not family.native:
+    reason = _first_match(path, architecture.kept)
+    if reason is None and not architecture.native:
         reason = _own_reason(attn)
-    if reason is None and family.unless is not None:
-        reason = family.unless(modules[owner_name], attn)
-    joint = any(fnmatchcase(path, pattern) for pattern in family.joint)
-    if reason is None and not joint and not any(fnmatchcase(path, pattern) for pattern in family.image):
-        reason = f"not among the image layers known in {family.owner}"
-    offered, place = _first_match(path, family.offered), family.place if joint else "alone"
-    return Finding(name, attn, reason, family, owner_name, modules[owner_name], offered, place)
+    if reason is None and architecture.unless is not None:
+        reason = architecture.unless(modules[owner_name], attn)
+    joint = any(fnmatchcase(path, pattern) for pattern in architecture.joint)
+    if reason is None and not joint and not any(fnmatchcase(path, pattern) for pattern in architecture.image):
+        reason = f"not among the image layers known in {architecture.owner}"
+    offered, place = _first_match(path, architecture.offered), architecture.place if joint else "alone"
+    return LayerInfo(name, attn, reason, architecture, owner_name, modules[owner_name], offered, place)
 
 
 def _first_match(path: str, reasons: Mapping[str, str]) -> str | None:
     return next((why for pattern, why in reasons.items() if fnmatchcase(path, pattern)), None)
 
 
-def _nearest_row(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, Family | None]:
+def _nearest_row(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, Architecture | None]:
     """The nearest ancestor of the module `name` that has rows, and the one of them that speaks of the module."""
     owner = name
     while owner:
@@ -96,8 +98,8 @@ def _nearest_row(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, Fami
     return "", None
 
 
-def _speaks_of(family: Family, path: str) -> bool:
-    return any(fnmatchcase(path, pattern) for pattern in (*family.kept, *family.image, *family.joint))
+def _speaks_of(architecture: Architecture, path: str) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in (*architecture.kept, *architecture.image, *architecture.joint))
 
 
 def _refusal(name: str, modules: Mapping[str, nn.Module]) -> str | None:
