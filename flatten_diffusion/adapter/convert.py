@@ -28,7 +28,6 @@ from ..models import (
     WrappedProcessor,
     find_attention_layers,
     find_projection,
-    native_processor,
     remove_hooks,
     softmax_below_on,
     stays_here,
@@ -342,7 +341,8 @@ def _take_off(model: nn.Module, found: Sequence[LayerInfo], kept: Mapping[str, A
             if not _unfused(attn, state):
                 _set_processor(attn, state.native)
         elif _is_ours(info):  # put there by set_attn_processor, or by diffusers, which had kept it
-            native = attn.processor.native if isinstance(attn.processor, WrappedProcessor) else native_processor(attn)
+            ours = attn.processor
+            native = ours.native if isinstance(ours, WrappedProcessor) else ours.native_of(attn)
             _set_processor(attn, kept.get(info.name, native))
         if hasattr(attn, MIXER):
             delattr(attn, MIXER)

@@ -174,7 +174,9 @@ def _check_version(version: object, path: Path) -> None:
             "distil again, or load it with flatten_diffusion 0.1."
         )
     if version > FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {version:.6g}, newer than {FORMAT_VERSION}: upgrade the package.")
+        raise ValueError(
+            f"{path} has format_version {version!r:.40}, newer than {FORMAT_VERSION}: upgrade the package."
+        )
 
 
 def _check_description(description: Mapping[str, Any], path: Path, model: nn.Module) -> tuple[AdapterConfig, list[str]]:
@@ -184,7 +186,7 @@ def _check_description(description: Mapping[str, Any], path: Path, model: nn.Mod
     made_for, here = base.get("class"), class_name(model)
     if made_for != here:
         raise ValueError(
-            f"{path} was made for {made_for!s:.80}, this model is {here}: load it on the model it was made for."
+            f"{path} was made for {made_for!r:.80}, this model is {here}: load it on the model it was made for."
         )
     if base.get("fingerprint") != fingerprint(model):
         raise ValueError(
@@ -222,8 +224,8 @@ def _fill(layers: Mapping[str, LayerMixer], tensors: Mapping[str, torch.Tensor],
             raise ValueError(f"{path}: {name} has shape {list(tensor.shape)} and must have {list(target.shape)}.")
         if not tensor.is_floating_point():
             raise ValueError(f"{path}: {name} is {tensor.dtype} and must be floating point.")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} has values that are not finite: {_AGAIN}.")
+        if not tensor.to(target.dtype).isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite in the layer's {target.dtype}: {_AGAIN}.")
     trained = [layer for layer, mixer in layers.items() if _differs(layer, mixer, tensors)]
     for layer, mixer in layers.items():
         if any(tensor.is_meta for tensor in mixer.state_dict().values()):

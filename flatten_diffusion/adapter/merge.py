@@ -75,7 +75,9 @@ def merge(handle: AdapterHandle, merged: list[Merged]) -> None:
     for (name, attn), (_, layer, mixer) in zip(handle.attention_modules(), handle.converted_layers(), strict=True):
         if layer.auto or layer.min_tokens:
             raise ValueError(f"{name} stays softmax on small calls (min_tokens), and they need the base weights.")
-        if getattr(attn, "fused_projections", False):
+        # Attention leaves its flag up when it is unfused: its processor tells.
+        flag = getattr(attn, "fused_projections", False) and hasattr(attn, "unfuse_projections")
+        if flag or "Fused" in type(layer.native).__name__:
             raise ValueError(f"{name} has fused projections: call unfuse_qkv_projections() before merge().")
         for key, delta in mixer.deltas.items():
             projection = find_projection(attn, key)

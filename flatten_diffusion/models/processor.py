@@ -93,7 +93,7 @@ class FocusedLinearAttnProcessor:
         """See `Attention.forward`: hidden_states [B, N, C] or [B, C, height, width], the output has the same shape."""
         _check_replaceable(attn, image_rotary_emb, rotary_emb, query_rotary_emb, freqs_cis)
         layer: ConvertedLayer | None = getattr(attn, LAYER, None)
-        native = self._native(attn) if layer is None else layer.native
+        native = self.native_of(attn) if layer is None else layer.native
         if not _is_self_attention(attn, hidden_states, encoder_hidden_states, attention_mask) or self._stays_softmax(
             attn, layer, hidden_states
         ):
@@ -105,7 +105,8 @@ class FocusedLinearAttnProcessor:
         fused = isinstance(native, FusedAttnProcessor2_0)
         return self._mixed(attn, layer, hidden_states, temb, fused)
 
-    def _native(self, attn: Attention) -> Any:
+    def native_of(self, attn: Attention) -> Any:
+        """The processor that stands for softmax on a layer without a mixer."""
         return native_processor(attn)
 
     def _stays_softmax(self, attn: Attention, layer: ConvertedLayer | None, hidden_states: torch.Tensor) -> bool:
@@ -173,7 +174,8 @@ class AdapterAttnProcessor(FocusedLinearAttnProcessor):
     def __reduce__(self) -> tuple[Any, ...]:
         return AdapterAttnProcessor, ()
 
-    def _native(self, attn: Attention) -> Any:
+    def native_of(self, attn: Attention) -> Any:
+        """As if not fused: diffusers puts it back when it unfuses, and leaves the layer's flag up."""
         return native_processor(attn, fused=False)
 
     def _stays_softmax(self, attn: Attention, layer: ConvertedLayer | None, hidden_states: torch.Tensor) -> bool:

@@ -149,18 +149,18 @@ class SeenAttention:
         self.attn = attn
         self.has_deltas = len(deltas) > 0
         self.hidden_states = hidden_states
-        fused = getattr(attn, "fused_projections", False) and hasattr(attn, "to_qkv")
         whole: dict[str, list[Any]] = {}
         for name in ("q", "k", "v", "out"):
             if name not in deltas:
                 continue
             place = find_projection(attn, name)
             assert place is not None
-            path, rows = place.path, place.rows
-            if fused and name != "out":
+            whole.setdefault(place.path, []).append((deltas[name], place.rows, place.columns))
+            if name != "out" and place.path != "to_qkv" and hasattr(attn, "to_qkv"):
+                # Fused beside: which of the two a processor reads is its own affair, and never both.
                 start = _PARTS.index(name) * inner_dim_of(attn)
-                path, rows = "to_qkv", (start, start + inner_dim_of(attn))
-            whole.setdefault(path, []).append((deltas[name], rows, place.columns))
+                rows = (start, start + inner_dim_of(attn))
+                whole.setdefault("to_qkv", []).append((deltas[name], rows, place.columns))
         for path, parts in whole.items():
             if path == "to_out.0":
                 self.to_out = [_Added(attn.to_out[0], parts), *list(attn.to_out)[1:]]

@@ -13,7 +13,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
 )
-from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 
 from flatten_diffusion import (
     AdapterConfig,
@@ -26,6 +26,7 @@ from flatten_diffusion import (
 from flatten_diffusion.adapter.fingerprint import fingerprint
 
 from ..models.tiny import build, stir, train_towards_original
+from ..models.tiny_wrapped import build_wrapped
 
 
 def _parts():
@@ -198,6 +199,42 @@ def test_ip_adapter_processors(when):
             assert type(processor) is IPAdapterAttnProcessor2_0  # not ours to take away
         elif when == "after":
             assert processor is originals[name]
+
+
+def test_an_ip_adapter_leaves_the_one_line_swap_its_settings():
+    tiny, plain = build("sd15"), build("sd15")
+    settings = {"focusing_factor": 1.5, "min_tokens": 100}
+    tiny.model.set_attn_processor(FocusedLinearAttnProcessor(**settings))
+    plain.model.set_attn_processor(FocusedLinearAttnProcessor())
+    with torch.no_grad():
+        swapped = tiny()
+        assert not torch.equal(swapped, plain())
+        _ip_adapter(tiny.model)
+        for name, processor in tiny.model.attn_processors.items():
+            if name.endswith("attn1.processor"):
+                assert (processor.focusing_factor, processor.min_tokens) == (1.5, 100)
+            else:
+                attn = tiny.model.get_submodule(name.removesuffix(".processor"))
+                attn.set_processor(AttnProcessor2_0())  # all but the added image is as before
+        assert torch.equal(tiny(), swapped)
+
+
+def test_wrapped_processors_made_anew_run_what_they_ran():
+    tiny = build_wrapped("sd3")
+    with torch.no_grad():
+        native = tiny()
+        adapter = linearize(tiny.model)
+        stir(adapter)
+        converted = tiny()
+        originals = {name: attn.flatten_layer.native for name, attn in adapter.attention_modules()}
+        for _, attn in adapter.attention_modules():
+            attn.set_processor(type(attn.processor)())
+        assert torch.equal(tiny(), converted)
+        with adapter.disabled():
+            assert torch.equal(tiny(), native)
+        restore(tiny.model)
+        assert torch.equal(tiny(), native)
+    assert all(tiny.model.get_submodule(name).processor is native for name, native in originals.items())
 
 
 @pytest.mark.parametrize("name", ["unet2d", "controlnet", "pixart", "dit"])

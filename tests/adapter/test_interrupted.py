@@ -68,7 +68,7 @@ def tiny_of(name: str) -> Any:
 
 
 def processors(model: torch.nn.Module) -> dict[str, Any]:
-    return {finding.name: finding.attn.processor for finding in find_attention_layers(model)}
+    return {layer.name: layer.attn.processor for layer in find_attention_layers(model)}
 
 
 @pytest.mark.parametrize("name", ["pixart", "sd3"])

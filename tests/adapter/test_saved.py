@@ -127,7 +127,7 @@ def test_loading_takes_a_fine_tune_but_no_other_model(saved):
     folder, _ = saved
     load_adapter(build("sd15", seed=7).model, folder)
     _refuses(build("sd21").model, folder, ValueError, "made for a UNet2DConditionModel with other parameter shapes")
-    _refuses(build("pixart").model, folder, ValueError, "made for UNet2DConditionModel, this model is PixArt")
+    _refuses(build("pixart").model, folder, ValueError, "made for 'UNet2DConditionModel', this model is PixArt")
 
 
 def test_loading_twice_raises(saved):
@@ -173,7 +173,7 @@ def test_a_broken_config(saved, text):
     ("changes", "message"),
     [
         ({"format_version": 3}, "format_version 3, newer than 2: upgrade"),
-        ({"format_version": 10**200}, r"format_version 1e\+200, newer than 2: upgrade"),
+        ({"format_version": 10**400}, "format_version 10000*, newer than 2: upgrade"),
         ({"format_version": 1}, "format_version 1, of flatten_diffusion 0.1: this version reads 2 only; distil again"),
         ({"format_version": 2.0}, "format_version 2.0: it was not written"),
         ({"format_version": KeyError}, "format_version None"),
@@ -218,6 +218,30 @@ def test_keys_shapes_and_values_that_do_not_fit(saved):
         load_adapter(tiny.model, folder)
         with torch.no_grad():
             assert torch.equal(tiny(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_floating_dtype_loads_and_what_overflows_in_the_layers_does_not(saved, dtype):
+    folder, _ = saved
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / WEIGHTS).items()}
+    _sign(folder, _description(folder), tensors)
+    tiny = build("sd15")
+    adapter = load_adapter(tiny.model, folder)
+    assert all(torch.equal(p, tensors[name].float()) for name, p in adapter.named_parameters())
+    with torch.no_grad():
+        assert tiny().isfinite().all()
+    if dtype != torch.float64:
+        return
+    key = sorted(tensors)[0]
+    tensors[key].view(-1)[0] = 1e200
+    _sign(folder, _description(folder), tensors)
+    _refuses(
+        build("sd15").model, folder, ValueError, f"{key} has values that are not finite in the layer's torch.float32"
+    )
+    tensors[key].view(-1)[0] = 1e5
+    _sign(folder, _description(folder), tensors)
+    load_adapter(build("sd15").model, folder)
+    _refuses(build("sd15").model.half(), folder, ValueError, "not finite in the layer's torch.float16")
 
 
 @pytest.mark.parametrize("header", [True, False])

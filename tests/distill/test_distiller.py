@@ -165,7 +165,7 @@ def test_other_settings_are_not_resumed(cache_folder: Path, tmp_path: Path) -> N
         distiller(cache_folder, tmp_path, replace(SETTINGS, seed=1, caption_dropout=0.0)).run(resume=True)
     run = distiller(cache_folder, tmp_path)
     run.adapter.reconfigure(replace(run.adapter.config, min_tokens=16))
-    with pytest.raises(ValueError, match="another min_tokens"):
+    with pytest.raises(ValueError, match="another conversion"):
         run.run(resume=True)
 
 

@@ -1,4 +1,6 @@
+import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -190,6 +192,25 @@ def test_attention_of_another_kind_raises():
         joint(torch.randn(2, 35, 24), encoder_hidden_states=torch.randn(2, 7, 24))
     with pytest.raises(TypeError, match="Linear"):
         FocusedLinearAttnProcessor()(torch.nn.Linear(2, 2), torch.randn(1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"focusing_factor": 1.5}, {"min_tokens": 36}, {"min_tokens": "auto"}, {"backend": "reference"},
+     {"focusing_factor": 2.0, "min_tokens": 3, "backend": "eager"}],
+)  # fmt: skip
+def test_made_anew_copied_or_pickled_it_keeps_its_settings(settings):
+    """`load_ip_adapter` makes every processor anew as `type(processor)()`."""
+    ours = FocusedLinearAttnProcessor(**settings)
+    for twin in (type(ours)(), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), type(type(ours)())()):
+        assert isinstance(twin, FocusedLinearAttnProcessor) and type(twin).__name__ == "FocusedLinearAttnProcessor"
+        assert (twin.focusing_factor, twin.min_tokens, twin.backend) == (
+            settings.get("focusing_factor", 3.0), settings.get("min_tokens", 0), settings.get("backend", "auto")
+        )  # fmt: skip
+    other = type(ours)(focusing_factor=4.0)  # one setting given, the others kept
+    assert other.focusing_factor == 4.0 and other.min_tokens == ours.min_tokens and other.backend == ours.backend
+    plain = FocusedLinearAttnProcessor()
+    assert (plain.focusing_factor, plain.min_tokens, plain.backend) == (3.0, 0, "auto")
 
 
 @pytest.mark.parametrize(
