@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def test_a_copy_made_inside_disabled_is_enabled_and_of_its_own() -> None:
 def test_group_offload_to_disk_is_refused_when_saving(tmp_path: Path) -> None:
     from diffusers.hooks import apply_group_offloading
 
+    if "offload_to_disk_path" not in inspect.signature(apply_group_offloading).parameters:
+        pytest.skip("this diffusers does not offload groups to disk")
     tiny = build("sd15")
     adapter = linearize(tiny.model)
     apply_group_offloading(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,11 @@ from ..models.tiny import build, stir
 from ..models.tiny_wrapped import build_wrapped
 
 WRAPPED = ("hunyuandit", "cogvideox", "auraflow", "sd3", "flux")
+# Older diffusers change Flux's processors while fusing, and give AuraFlow no adapters.
+older = pytest.mark.skipif(
+    not hasattr(diffusers.AuraFlowTransformer2DModel, "add_adapter"), reason="an older diffusers"
+)
+FLUX = pytest.param("flux", marks=older)
 NAMES = ("sd15", "sdxl", "pixart", *WRAPPED)
 
 
@@ -65,7 +71,7 @@ def act(tiny: Any, step: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("order", orders(), ids="-".join)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:-1], FLUX])
 def test_all_orders_end_where_they_began(name: str, order: tuple[str, ...]) -> None:
     tiny, plain = tiny_of(name), tiny_of(name)
     plain.model.load_state_dict(tiny.model.state_dict())
@@ -108,7 +114,7 @@ def test_all_orders_end_where_they_began(name: str, order: tuple[str, ...]) -> N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["sd15", "auraflow", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "auraflow", FLUX])
 def test_merge_after_unfusing_as_its_error_says(name: str) -> None:
     tiny = tiny_of(name)
     native = tiny()
@@ -141,7 +147,7 @@ def test_deltas_where_fusing_changes_nothing_that_is_read() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("order", orders(), ids="-".join)
-@pytest.mark.parametrize("name", ["sd15", "auraflow"])
+@pytest.mark.parametrize("name", ["sd15", pytest.param("auraflow", marks=older)])
 def test_a_later_lora_counts(name: str, order: tuple[str, ...]) -> None:
     peft = pytest.importorskip("peft")
     tiny, plain = tiny_of(name), tiny_of(name)
