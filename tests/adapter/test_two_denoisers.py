@@ -46,7 +46,7 @@ def test_both_are_converted_saved_and_restored(tmp_path: Path) -> None:
         restore(pipeline.transformer_2)  # one of them: the adapter is both's
         assert all(torch.equal(tiny(), expected) for tiny, expected in zip(models, native, strict=True))
     assert not any(hasattr(part, "flatten_adapter") for part in vars(pipeline).values())
-    with pytest.raises(ValueError, match="made for Denoisers, this model is WanTransformer3DModel"):
+    with pytest.raises(ValueError, match="made for 'Denoisers', this model is WanTransformer3DModel"):
         load_adapter(pipeline.transformer, tmp_path)
 
 

@@ -128,10 +128,10 @@ def test_compiles_to_one_graph(first):
 
 def test_a_dtype_first_met_while_compiling_is_looked_up_in_the_graph():
     torch._dynamo.reset()
-    tiny = build("sd15")
+    tiny = build("pixart")
     halves = halved(tiny.inputs)
     with torch.no_grad():
-        native = build("sd15").model.to(torch.bfloat16)(**halves)[0]
+        native = build("pixart").model.to(torch.bfloat16)(**halves)[0]
     adapter = linearize(tiny.model, AdapterConfig(min_tokens="auto"))
     tiny.model.to(torch.bfloat16)
     compiled = torch.compile(tiny.model, fullgraph=True, backend="eager", dynamic=False)
