@@ -12,17 +12,21 @@ an attention layer can cost a hundred times what it costs at high noise.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 from ..adapter import Adapter
 from ..mixers import Calibration, LayerMixer, ProjectionDelta, Reduce, Statistic, Weights
 from ..mixers.parts.least_squares import check_finite, second_moments, solve_ridge, squared_errors
 from ..models import MIXER, WrappedProcessor, find_projection
 from .capture import LayerCapture, capture_teacher
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def calibrate(
     run_model: Iterable[Callable[[], torch.Tensor]],
     settings: CalibrationSettings | None = None,
     reduce: Reduce = lambda tensor: tensor,
+    held_out: Iterable[Callable[[], torch.Tensor]] = (),
 ) -> list[LayerFit]:
     """Solve for every converted layer of `adapter`, in place.
 
@@ -76,6 +81,8 @@ def calibrate(
             times, with the adapter enabled and disabled.
         settings: see `CalibrationSettings`.
         reduce: sums over processes, each of which runs its own batches.
+        held_out: forward passes of other samples. A layer whose solution misses more of the teacher there than it did
+            before (too few samples, say) is put back as it was, with a warning.
 
     Returns:
         One row per layer that ran its mixer.
@@ -91,8 +98,36 @@ def calibrate(
     adapter.add_deltas(("out",), adapter.config.delta_rank)
     layers = [Layer(adapter, name, attn, settings) for name, attn in adapter.attention_modules()]
     programs = {layer.name: _program(layer, settings) for layer in layers}
+    judges = list(held_out)
+    start = {layer.name: copy.deepcopy(layer.carried) for layer in layers} if judges else {}
+    before = _errors(adapter, judges, reduce)
     fits = run_programs(adapter, batches, programs, reduce)
+    after = _errors(adapter, judges, reduce)
+    worse = [name for name in before if name in fits and after[name] > before[name]]
+    for name in worse:
+        setattr(adapter.model.get_submodule(name), MIXER, start[name])
+        fits[name] = replace(fits[name], choice="as it was", after=fits[name].before)
+    if worse:
+        adapter.add_deltas((), adapter.config.delta_rank)  # what others got, adding nothing
+        logger.warning(
+            f"Calibration would leave {len(worse)} of {len(fits)} layers farther from the original on held-out data "
+            f"({worse[0]}, ...): they stay as they were. More calibration batches help."
+        )
     return [fits[name] for name in adapter.layers if name in fits]
+
+
+def _errors(adapter: Adapter, runs: Sequence[Callable[[], torch.Tensor]], reduce: Reduce) -> dict[str, float]:
+    """What each layer misses of the teacher in these passes, as a share of the variance."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def consume(call: LayerCapture) -> None:
+        if call.is_mixed:
+            sums[call.name] = sums.get(call.name, 0) + output_error(call)
+
+    for run in runs:
+        with torch.no_grad(), capture_teacher(adapter, consume):
+            run()
+    return {name: share_missed(reduce(error)) for name, error in sums.items()}
 
 
 def run_programs(

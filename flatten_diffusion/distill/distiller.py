@@ -223,11 +223,14 @@ class Distiller:
 
     def evaluate(self) -> Gap:
         """Teacher against student on the held-out examples, always the same noise; all processes together."""
+        with self.accelerator.autocast():
+            return measure_gap(self.objective, self._evaluation_batches(), self._sum)
+
+    def _evaluation_batches(self) -> list[NoisyBatch]:
         if self._evaluation is None:
             count = range(self.settings.evaluation_batches)
             self._evaluation = list(self._batches(self.held_out, count, "evaluate"))
-        with self.accelerator.autocast():
-            return measure_gap(self.objective, self._evaluation, self._sum)
+        return self._evaluation
 
     # ---- stages ----
 
@@ -235,7 +238,8 @@ class Distiller:
         self._add_deltas(("out",))
         batches = self._batches(self.train, range(self.settings.calibration_batches), "calibrate")
         runs = [partial(self._run, batch) for batch in batches]
-        for fit in calibrate(self.adapter, runs, self.settings.calibration, self._sum):
+        judges = [partial(self._run, batch) for batch in self._evaluation_batches()[:2]]
+        for fit in calibrate(self.adapter, runs, self.settings.calibration, self._sum, judges):
             logger.info(f"{fit.name}: {fit.choice}; missing {fit.before:.1%} -> {fit.after:.1%}")
 
     def _train(self, stage: str, checkpoint: Checkpoint | None) -> None:

@@ -258,3 +258,22 @@ def test_autocast_does_not_reach_the_equations() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = solve()
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_layers_that_come_out_worse_on_held_out_samples_stay_as_they_were(caplog: pytest.LogCaptureFixture) -> None:
+    tiny = sharp("sd15")
+    runs = teacher_runs(tiny, 3)
+    adapter = linearize(tiny.model)
+    before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    # A judge that was never like the samples: constant images, far from noise.
+    flat = torch.full(tiny.inputs[tiny.picture].shape, 30.0)
+    judge = [lambda: tiny(**{tiny.picture: flat})]
+    fits = calibrate(adapter, runs[:1], held_out=judge)
+    kept = {fit.name for fit in fits if fit.choice == "as it was"}
+    after = adapter.state_dict()
+    for name in adapter.layers:
+        same = all(torch.equal(before[key], after[key]) for key in before if key.startswith(f"{name}."))
+        assert same == (name in kept)
+    assert kept and all(fit.after == fit.before for fit in fits if fit.name in kept)
+    assert len({frozenset(mixer.deltas) for _, mixer in adapter.layer_mixers()}) == 1
+    assert "stay as they were" in caplog.text

@@ -78,6 +78,9 @@ def _made(cls: type[nn.Module]) -> nn.Module:
             return cls(**shallow, **given)
         except (AssertionError, IndexError, ValueError):
             return cls(**given)
+        except RuntimeError:  # tables made from numbers on the CPU
+            pass
+    return cls(**shallow, **given)
 
 
 _DEPTHS = (
@@ -90,7 +93,7 @@ _DEPTHS = (
 )
 
 
-@pytest.mark.parametrize("cls", _model_classes(), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", list(_model_classes()), ids=lambda cls: cls.__name__)
 def test_every_layer_that_attends_has_a_row_or_a_reason(cls):
     """Where this fails after an update of diffusers: see "Adding a family" in flatten_diffusion/models/README.md."""
     for finding in find_attention_layers(_made(cls)):

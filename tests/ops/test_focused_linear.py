@@ -39,7 +39,7 @@ def test_agrees_with_the_authors(path, backend):
     from safetensors import safe_open
 
     with safe_open(str(path), "pt") as file:
-        metadata, stored = file.metadata(), {key: file.get_tensor(key) for key in file}
+        metadata, stored = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     x = stored["x"].clone().requires_grad_()
     params = {k[6:]: v.clone().requires_grad_() for k, v in stored.items() if k.startswith("param.")}
     query, key, value = F.linear(x, params["qkv.weight"], params["qkv.bias"]).chunk(3, dim=-1)
