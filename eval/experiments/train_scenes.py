@@ -249,7 +249,7 @@ def _write_atomically(model: DiffusionPipeline | ModelMixin, folder: Path) -> No
 
 
 class Autoencoder(torch.nn.Module):
-    """Encode a image, decode given latents, as one forward pass, so that several processes exchange gradients."""
+    """Encode an image, decode given latents, as one forward pass, so that several processes exchange gradients."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()

@@ -97,7 +97,7 @@ class Adapter(AdapterHandle):
     def pin_grid(self, grid: Grid | None) -> None:
         """Tell graphs that are compiled whole (`fullgraph=True`) the size of the image, where they cannot see it.
 
-        Flux and its kin (Flux2, Flux3, Chroma, Krea2, Ideogram4, MiniMaxH3) are told a image's shape only as numbers
+        Flux and its kin (Flux2, Flux3, Chroma, Krea2, Ideogram4, MiniMaxH3) are told an image's shape only as numbers
         on the device, which a graph cannot turn into sizes; uncompiled code and graphs that may break read them there
         and ignore this. Other models need no pin.
 

@@ -88,7 +88,7 @@ def parts_of(model: nn.Module) -> list[nn.Module]:
 def linearize(model_or_pipeline: Any, config: AdapterConfig | str | None = None) -> Adapter:
     """Replace the softmax self-attention of a diffusers model by learnable focused linear attention, in place.
 
-    Every self-attention layer of the known families that holds a image gets a mixer as the submodule
+    Every self-attention layer of the known families that holds an image gets a mixer as the submodule
     `flatten_mixer` of its attention module; what it learns starts where it adds nothing. The token grid is read from
     the model's real input at each forward pass, so any size and aspect ratio works, also under gradient checkpointing
     enabled by the model's own `enable_gradient_checkpointing`. Where image and text share one sequence (SD3, Flux),

@@ -32,7 +32,7 @@ class LayerReport:
         reason: where its token grid comes from, or why it stays softmax.
         heads, head_dim: of the attention module; None where it does not say.
         grid: in tokens at the last converted forward pass: (height, width), (frames, height, width) for videos, or
-            one triple per image where there are several; None before, or where the attention receives a image and
+            one triple per image where there are several; None before, or where the attention receives an image and
             no grid needs keeping.
         time_ratio: time of the linear product over that of softmax at this grid, as measured on this device for
             `min_tokens="auto"`; above 1 where linear is the slower one. None where it was not measured.

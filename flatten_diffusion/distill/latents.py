@@ -28,7 +28,7 @@ _MORE_THAN_A_PROMPT = frozenset(
 
 
 def check_pipeline(cls: type) -> None:
-    """Raise ValueError for pipelines that take a image, a mask or a control beside the prompt."""
+    """Raise ValueError for pipelines that take an image, a mask or a control beside the prompt."""
     accepted = set(inspect.signature(cls.__call__).parameters)
     unet = "unet" in inspect.signature(cls).parameters  # newer transformers take optional images for reference
     found = sorted(accepted & _MORE_THAN_A_PROMPT) or (["image"] if unet and "image" in accepted else [])

@@ -1,4 +1,4 @@
-"""How tokens fill a image."""
+"""How tokens fill an image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Union
 
 Grid = Union[tuple[int, int], tuple[int, int, int], tuple[tuple[int, int, int], ...]]  # noqa: UP007 (an alias, 3.10)
-"""How tokens in row-major order fill a image: (height, width), (frames, height, width), or one such triple for each
+"""How tokens in row-major order fill an image: (height, width), (frames, height, width), or one such triple for each
 of several images that follow one another (reference images)."""
 
 

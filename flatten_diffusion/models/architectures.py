@@ -1,6 +1,6 @@
-"""Which attention layers of which models hold images, as data: one row per module class that sees a image's size.
+"""Which attention layers of which models hold images, as data: one row per module class that sees an image's size.
 
-To add a architecture, add a row to `ARCHITECTURES`, or a reason to `REFUSED`: see the README.md beside this file.
+To add an architecture, add a row to `ARCHITECTURES`, or a reason to `REFUSED`: see the README.md beside this file.
 """
 
 from __future__ import annotations
@@ -680,7 +680,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 )
 
 _AUTOENCODER = "an autoencoder, not a denoiser: it runs once per image"
-_CONDITION = "prepares a condition, not a image"
+_CONDITION = "prepares a condition, not an image"
 REFUSED: Mapping[str, str] = {
     "AnimaTextConditioner": _CONDITION,
     "AnyFlowFARTransformer3DModel": "causal attention between chunks of frames (a block mask), and cached keys",
@@ -697,13 +697,13 @@ REFUSED: Mapping[str, str] = {
     "Kandinsky6SRTransformer3DModel": "sparse attention already (NABLA), which chooses its blocks by content",
     "LTX2VideoDiffusionDecoderModel": "neighbourhood attention: its cost is linear already",
     "MMAudioVAE": _AUTOENCODER,
-    "MiniMaxMusic3RVQDepthDecoder": "causal attention over the few codes of one audio frame, not over a image",
-    "PriorTransformer": "predicts an image embedding from a few tokens, not a image",
-    "RFD4ProteinaAutoencoder": "works on atoms of proteins, not on a image",
-    "RFD4ProteinaTransformer": "works on residues of proteins, with a bias per pair, not on a image",
+    "MiniMaxMusic3RVQDepthDecoder": "causal attention over the few codes of one audio frame, not over an image",
+    "PriorTransformer": "predicts an image embedding from a few tokens, not an image",
+    "RFD4ProteinaAutoencoder": "works on atoms of proteins, not on an image",
+    "RFD4ProteinaTransformer": "works on residues of proteins, with a bias per pair, not on an image",
     "SanaWMLTX2RefinerTransformer3DModel": "refines block by block over cached keys, and is not told the video's size",
     "SanaWMTransformer3DModel": "linear already: its self-attention is a gated recurrence without processors",
-    "T5FilmDecoder": "unscaled attention over spectrogram frames and notes, not over a image",
+    "T5FilmDecoder": "unscaled attention over spectrogram frames and notes, not over an image",
     "WanAnimate2Transformer3DModel": "packs video and cached reference keys under a block mask (flex attention)",
 }
 """Classes whose attention layers have no row -> why: these are no denoisers of images, videos or audio with layers

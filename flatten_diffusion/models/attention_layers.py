@@ -24,7 +24,7 @@ class LayerInfo:
 
     Attributes:
         name, attn: the path and the attention module.
-        reason: why the layer must stay softmax; None when it holds a image and can be converted.
+        reason: why the layer must stay softmax; None when it holds an image and can be converted.
         offered: why it is left alone unless `include` names it; None when nothing speaks against it.
         place: where the image's tokens stand in its sequence.
         architecture, owner_name, owner: the row that applies and the module it applies to; None when no row does.

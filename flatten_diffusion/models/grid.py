@@ -16,7 +16,7 @@ Read = Callable[..., "Grid | TokenLayout"]
 
 
 class GridHook:
-    """Forward pre-hook of the module that sees a image's size: writes it to the attention layers below.
+    """Forward pre-hook of the module that sees an image's size: writes it to the attention layers below.
 
     Args:
         read: (module, *arguments) -> the grid of the tokens, or a `TokenLayout`.

@@ -61,7 +61,7 @@ def uvit_codes(module: Any, input_ids: torch.Tensor) -> Grid:
 
 
 def signal(module: Any, hidden_states: torch.Tensor) -> Grid:
-    """[..., length]: a signal in time, as a image of one row."""
+    """[..., length]: a signal in time, as an image of one row."""
     return 1, hidden_states.shape[-1]
 
 
@@ -455,7 +455,7 @@ def video_before_sorted_text(
 
 
 def tokens_in_time(module: Any, hidden_states: torch.Tensor | None) -> TokenLayout:
-    """[B, length, C]: a signal as a image of one row; None where the pass has none."""
+    """[B, length, C]: a signal as an image of one row; None where the pass has none."""
     return TokenLayout(None if hidden_states is None else (1, hidden_states.shape[1]))
 
 

@@ -1,4 +1,4 @@
-"""Checks a image against its caption by analysis through synthesis: find the objects, redraw each, keep what fits.
+"""Checks an image against its caption by analysis through synthesis: find the objects, redraw each, keep what fits.
 
 Works on any size; the image is brought to 128 pixels first. No learned part, so that nothing can be gamed by
 training: a fact holds when the pixels say so.

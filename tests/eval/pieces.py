@@ -30,7 +30,7 @@ def command_line(*arguments: object, processes: int = 1) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    # The same number of threads as here: it decides how sums are grouped, and with it the last bits of a image.
+    # The same number of threads as here: it decides how sums are grouped, and with it the last bits of an image.
     threads = str(torch.get_num_threads())
     return os.environ | {
         "OMP_NUM_THREADS": threads,

@@ -371,7 +371,7 @@ def test_ids_rounded_beyond_telling_raise():
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "chroma"])
 def test_rounded_ids_give_what_the_exact_grid_gives(name):
-    """A image 258 tokens wide."""
+    """An image 258 tokens wide."""
     tiny = build_wrapped(name)
     columns = tiny.inputs["img_ids"].shape[1]
     adapter = linearize(tiny.model)

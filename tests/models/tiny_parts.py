@@ -41,7 +41,7 @@ def turn(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def picture(model: nn.Module, counts: tuple[int, int, int], grid: Grid = (4, 6), **inputs: Any) -> TinyWrapped:
-    """A model that is given `hidden_states` as a image or video."""
+    """A model that is given `hidden_states` as an image or video."""
     turned = {"hidden_states": turn(inputs["hidden_states"])}
     return TinyWrapped(model, inputs, turned, grid, (*grid[:-2], grid[-1], grid[-2]), *counts)
 

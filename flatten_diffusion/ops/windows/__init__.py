@@ -1,4 +1,4 @@
-"""Softmax within windows of a image, and what it takes to join it with linear attention beyond them."""
+"""Softmax within windows of an image, and what it takes to join it with linear attention beyond them."""
 
 from .join import NO_KEY, join_far, join_windows
 from .moments import KeyMoments, key_moments, score_moments, spread_of

@@ -1,4 +1,4 @@
-"""Softmax within windows of a image, joined with attention to all that lies beyond them.
+"""Softmax within windows of an image, joined with attention to all that lies beyond them.
 
 The tokens go through in blocks of whole windows, small enough for scores and copies to stay in cache: main memory sees
 query, key, value, what is joined, and the output; the backward pass recomputes each block.

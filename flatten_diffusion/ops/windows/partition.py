@@ -1,4 +1,4 @@
-"""A image's tokens cut into windows: as tensors of windows, and as views of blocks of them."""
+"""An image's tokens cut into windows: as tensors of windows, and as views of blocks of them."""
 
 from __future__ import annotations
 

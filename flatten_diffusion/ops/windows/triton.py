@@ -32,7 +32,7 @@ def window_kernel(
     QD: tl.constexpr, KN: tl.constexpr, KH: tl.constexpr, KD: tl.constexpr, VN: tl.constexpr, VH: tl.constexpr,
     VD: tl.constexpr,
 ):  # fmt: skip
-    """One window of one head, see `flatten_diffusion.mixers.WindowAttention`; windows of a image in row-major order,
+    """One window of one head, see `flatten_diffusion.mixers.WindowAttention`; windows of an image in row-major order,
     frame by frame, the image's tokens from `first` on."""
     window = tl.program_id(0)
     batch_head = tl.program_id(1)
