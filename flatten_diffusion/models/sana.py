@@ -18,6 +18,16 @@ def sana_attention(
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`SanaLinearAttnProcessor2_0` with its ReLU attention exchanged; [B, N, C] in and out."""
+    query, key, value = _projected(attn, hidden_states, encoder_hidden_states)
+    output = exchange(attn, query, key, value, None, None, _relu_attention).flatten(2).to(hidden_states.dtype)
+    output = attn.to_out[1](attn.to_out[0](output))
+    return output.clip(-65504, 65504) if output.dtype == torch.float16 else output
+
+
+def _projected(
+    attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value as the native processors make them, [B, N, H, D]."""
     context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
     query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
     if attn.norm_q is not None:
@@ -25,9 +35,7 @@ def sana_attention(
     if attn.norm_k is not None:
         key = attn.norm_k(key)
     query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-    output = exchange(attn, query, key, value, None, None, _relu_attention).flatten(2).to(hidden_states.dtype)
-    output = attn.to_out[1](attn.to_out[0](output))
-    return output.clip(-65504, 65504) if output.dtype == torch.float16 else output
+    return query, key, value
 
 
 def _relu_attention(
@@ -52,13 +60,7 @@ def sana_video_attention(
 
     Its features are rotated after the ReLU, in the numerator alone.
     """
-    context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-    query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-    if attn.norm_q is not None:
-        query = attn.norm_q(query)
-    if attn.norm_k is not None:
-        key = attn.norm_k(key)
-    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+    query, key, value = _projected(attn, hidden_states, encoder_hidden_states)
     plain_query, plain_key = F.relu(query), F.relu(key)
     query, key = (
         (plain_query, plain_key) if rotary_emb is None else (_rotate(x, *rotary_emb) for x in (plain_query, plain_key))
@@ -72,8 +74,7 @@ def sana_video_attention(
         return torch.einsum("bnhd,bhde->bnhe", query.float(), state) / (mass + 1e-15).unsqueeze(-1)
 
     output = exchange(attn, query, key, value, None, None, relu_attention).flatten(2).to(hidden_states.dtype)
-    output = attn.to_out[1](attn.to_out[0](output))
-    return output
+    return attn.to_out[1](attn.to_out[0](output))
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -353,3 +353,15 @@ def assert_untouched(model: torch.nn.Module, keys: list[str], modules: list[Any]
     for module in model.modules():
         assert not module._forward_pre_hooks and not module._forward_pre_hooks_with_kwargs
         assert not any(attribute.startswith("flatten_") for attribute in vars(module))
+
+
+def assert_compiled_gradients(tiny: Any, adapter: Any) -> None:
+    """Compiled and with gradient checkpointing, every parameter of the adapter gets the gradient it has without."""
+    tiny.model.train()
+    expected = torch.autograd.grad(tiny().square().sum(), list(adapter.parameters()))
+    tiny.model.enable_gradient_checkpointing()
+    torch._dynamo.reset()
+    compiled = torch.compile(tiny.model, backend="aot_eager", dynamic=False)
+    ours = torch.autograd.grad(tiny(compiled).square().sum(), list(adapter.parameters()))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * expected[0].abs().max().item())

@@ -35,7 +35,7 @@ def attend_in_blocks(
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, N, H, D] and log-sum-exp [B, N, H] of query [B, N, H, D] over tables of keys and values [B, H, R, D],
-    bias [B or 1, R]; `images` and `cells` as plain numbers. With `attend_plainly`, torch differentiates all of it."""
+    bias [B or 1, R]; `pictures` and `cells` as plain numbers. With `attend_plainly`, torch differentiates all of it."""
     triples, setting = _triples(pictures), Cells(*cells)
     outputs, masses = [], []
     for at, windows in enumerate(_by_sample(query, triples, setting.window)):
@@ -69,15 +69,7 @@ def pyramid(
 
 
 @pyramid.register_fake
-def _(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor,
-    pictures: list[int],
-    cells: list[int],
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
 
 
@@ -130,12 +122,7 @@ def _(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    bias: torch.Tensor,
-    output: torch.Tensor,
-    mass: torch.Tensor,
-    pictures: list[int],
-    cells: list[int],
-    scale: float,
+    *_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return query.new_empty(query.shape), torch.empty_like(keys), torch.empty_like(values)
 
@@ -147,7 +134,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, grad_output: torch.Tensor, grad_mass: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if backward_needs_plain_torch():
-        tensors, bias = ctx.saved_tensors[:3], ctx.saved_tensors[3]
+        *tensors, bias = ctx.saved_tensors[:4]
 
         def plain(query: Any, keys: Any, values: Any) -> tuple[torch.Tensor, torch.Tensor]:
             return attend_in_blocks(query, keys, values, bias, ctx.pictures, ctx.cells, ctx.scale, attend_plainly)
