@@ -233,6 +233,11 @@ def start_from(pipeline: Any, folder: Path) -> None:
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder}: no pipeline to start from (no model_index.json)")
     copied = {name: _copy(part, _weights(folder, name)) for name, part in _modules(pipeline).items()}
+    for name in copied:
+        if name.startswith("text_encoder"):
+            words = getattr(pipeline, name.replace("text_encoder", "tokenizer")).get_vocab()
+            table = getattr(pipeline, name).get_input_embeddings().weight
+            copied[name] += _copy_words(table, _weights(folder, name), _vocabulary(folder, name), words)
     if not any(copied.values()):
         raise ValueError(f"{folder}: none of its weights fits a {type(pipeline).__name__}")
     logger.info(
@@ -261,6 +266,25 @@ def _copy(part: torch.nn.Module, weights: dict[str, torch.Tensor]) -> int:
                 tensor.copy_(source)
                 copied += 1
     return copied
+
+
+def _vocabulary(folder: Path, text_encoder: str) -> dict[str, int]:
+    parts = (text_encoder.replace("text_encoder", "tokenizer"), "tokenizer")
+    files = [path for part in parts if (path := folder / part / "vocab.json").is_file()]
+    return read_json(files[0]) if files else {}
+
+
+def _copy_words(
+    table: torch.Tensor, weights: dict[str, torch.Tensor], theirs: dict[str, int], ours: dict[str, int]
+) -> int:
+    """Copy the embedding of every word both vocabularies have into `table`, where they differ; 1 if any was copied."""
+    source = weights.get("embeddings.token_embedding.weight")
+    shared = [word for word in ours if word in theirs]
+    if source is None or not shared or theirs == ours:
+        return 0
+    with torch.no_grad():
+        table[[ours[word] for word in shared]] = source[[theirs[word] for word in shared]].to(table.dtype)
+    return 1
 
 
 def _plain(key: str) -> str:

@@ -18,10 +18,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -50,6 +52,38 @@ from .scenes_build import ARCHITECTURES, build_pipeline, export_pipeline, start_
 logger = get_logger(__name__, log_level="INFO")
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """One size that training draws batches of: pixels, batch per process, scenes cached, weight of the draw, and from
+    which share of the run on."""
+
+    width: int
+    height: int
+    batch: int
+    scenes: int
+    weight: float = 1.0
+    start: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Bucket:
+        """From WIDTH[xHEIGHT]:BATCH:SCENES:WEIGHT[:FROM]; raises ArgumentTypeError."""
+        size, *rest = text.split(":")
+        try:
+            width, height = (int(side) for side in size.split("x")) if "x" in size else (int(size), int(size))
+            batch, scenes, weight, start = int(rest[0]), int(rest[1]), float(rest[2]), float((*rest[3:], "0")[0])
+        except (ValueError, IndexError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not WIDTH[xHEIGHT]:BATCH:SCENES:WEIGHT[:FROM]") from error
+        if width % 32 or height % 32 or min(width, height, batch, scenes) <= 0 or weight <= 0 or not 0 <= start < 1:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: sides must be multiples of 32, counts and weight positive, FROM at least 0 and below 1"
+            )
+        return cls(width, height, batch, scenes, weight, start)
+
+    @property
+    def name(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("scenes-model"))
@@ -66,6 +100,15 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--resolution", type=int, default=128, help="native image side in pixels")
     parser.add_argument("--num_scenes", type=int, default=32_000, help="rendered scenes whose latents are cached")
+    parser.add_argument(
+        "--buckets",
+        nargs="+",
+        type=Bucket.parse,
+        default=None,
+        metavar="WIDTH[xHEIGHT]:BATCH:SCENES:WEIGHT[:FROM]",
+        help="sizes the denoiser learns in turn, each step one, drawn by weight once FROM of the run is over; "
+        "by default --resolution alone, with --train_batch_size and --num_scenes",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default=None)
     parser.add_argument("--vae_train_steps", type=int, default=4000)
@@ -95,19 +138,27 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--vae_crop {args.vae_crop} must be a multiple of 8, at most --resolution")
     if args.resolution % 32:
         parser.error(f"--resolution {args.resolution} must be a multiple of 32")
+    if args.buckets is None:
+        args.buckets = [Bucket(args.resolution, args.resolution, args.train_batch_size, args.num_scenes)]
+    if all(bucket.start > 0 for bucket in args.buckets):
+        parser.error("--buckets: one of them must start at 0")
     if args.initial_pipeline is not None and not (args.initial_pipeline / "model_index.json").is_file():
         parser.error(f"--initial_pipeline {args.initial_pipeline}: no pipeline there (no model_index.json)")
     return args
 
 
-def _render_array(job: tuple[str, int, int]) -> np.ndarray:
-    caption, size, seed = job
-    return np.asarray(render(caption, size, seed))
+_Job = tuple[str, tuple[int, int], int, int | None]
 
 
-def render_batches(captions: list[str], size: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
-    """Draw every caption once, in worker processes; yields uint8 [b, 3, size, size]."""
-    jobs = [(caption, size, seed + index) for index, caption in enumerate(captions)]
+def _render_array(job: _Job) -> np.ndarray:
+    return np.asarray(render(*job))
+
+
+def render_batches(
+    captions: list[str], size: tuple[int, int], batch: int, seed: int, supersampling: int | None = None
+) -> Iterator[torch.Tensor]:
+    """Draw every caption once at (width, height), in worker processes; yields uint8 [b, 3, height, width]."""
+    jobs = [(caption, size, seed + index, supersampling) for index, caption in enumerate(captions)]
     with ProcessPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) // 2)) as pool:
         pending: list[np.ndarray] = []
         for image in pool.map(_render_array, jobs, chunksize=32):
@@ -213,6 +264,11 @@ class Progress:
     def share(self) -> float:
         return min(1.0, max(self.step / self.max_steps, self.seconds / self.max_seconds))
 
+    def shared_share(self) -> float:
+        """That of the first process: clocks differ by milliseconds, and all must end at the same step."""
+        share: float = broadcast_object_list([self.share])[0]
+        return share
+
     def learning_rate(self, peak: float, warmup_steps: int) -> float:
         """Linear warm-up, then a cosine over what is left of the steps or of the time."""
         return peak * min(1.0, (self.step + 1) / max(warmup_steps, 1)) * 0.5 * (1 + math.cos(math.pi * self.share))
@@ -263,8 +319,9 @@ class Autoencoder(torch.nn.Module):
 
 def train_vae(args: argparse.Namespace, accelerator: Accelerator, vae: AutoencoderKL) -> None:
     """The encoder learns the latents of `image_latents`, the decoder to undo them; writes output_dir/vae."""
-    captions = sample_captions(min(args.num_scenes, 3000), args.seed, held_out=False, different=False)
-    pictures = torch.cat(list(render_batches(captions, args.resolution, 256, args.seed)))
+    side = args.resolution
+    captions = sample_captions(min(args.num_scenes, 3000), args.seed, held_out=False, different=False, size=side)
+    pictures = torch.cat(list(render_batches(captions, (side, side), 256, args.seed)))
     vae.train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_learning_rate, weight_decay=0.0)
     model, optimizer = accelerator.prepare(Autoencoder(vae), optimizer)
@@ -274,9 +331,9 @@ def train_vae(args: argparse.Namespace, accelerator: Accelerator, vae: Autoencod
     checkpoints.resume()
     progress.start_clock()
     bar = tqdm(total=args.vae_train_steps, initial=progress.step, disable=not accelerator.is_local_main_process)
-    while progress.share < 1:
+    while (share := progress.shared_share()) < 1:
         # The last part sees whole images, so that group norms meet the statistics they will be used with.
-        crop, count = (args.vae_crop, args.vae_batch_size) if progress.share < 0.6 else (args.resolution, 4)
+        crop, count = (args.vae_crop, args.vae_batch_size) if share < 0.6 else (args.resolution, 4)
         batch = _random_crops(pictures, count, crop, accelerator.device)
         latents = image_latents(batch)
         # What a denoiser draws is a little off: the decoder meets errors of up to that size in training.
@@ -321,28 +378,41 @@ def _random_crops(pictures: torch.Tensor, count: int, crop: int, device: torch.d
     return _to_model_range(torch.stack(crops), device)
 
 
-def cached_latents(args: argparse.Namespace, accelerator: Accelerator) -> tuple[torch.Tensor, list[str]]:
-    """Latents [num_scenes, C, h, w] of freshly drawn scenes and their captions, cached in output_dir."""
-    captions = sample_captions(args.num_scenes, args.seed + 1, held_out=False, different=False)
-    path = args.output_dir / "latents.safetensors"
+def cached_latents(
+    args: argparse.Namespace, bucket: Bucket, accelerator: Accelerator
+) -> tuple[torch.Tensor, list[str]]:
+    """Latents [scenes, C, h, w] of freshly drawn scenes of one size and their captions, cached in output_dir."""
+    shorter, seed = min(bucket.width, bucket.height), args.seed + 1
+    captions = sample_captions(bucket.scenes, seed, held_out=False, different=False, size=shorter)
+    path = args.output_dir / f"latents-{bucket.name}.safetensors"
     if accelerator.is_main_process and not path.exists():
-        batches = render_batches(captions, args.resolution, 64, args.seed + 1)
-        bar = tqdm(batches, total=math.ceil(len(captions) / 64), desc="drawing scenes")
+        # Latents are made of means of 4 x 4 pixels, which is antialiasing enough where these are many.
+        sampling = 1 if shorter >= 256 else None
+        batches = render_batches(captions, (bucket.width, bucket.height), 64, seed, sampling)
+        bar = tqdm(batches, total=math.ceil(len(captions) / 64), desc=f"drawing scenes of {bucket.name}")
         drawn = torch.cat([image_latents(_to_model_range(batch, torch.device("cpu"))).half() for batch in bar])
         with atomic_path(path) as partial:
             save_file({"latents": drawn.contiguous()}, partial)
     accelerator.wait_for_everyone()
     latents = load_file(str(path))["latents"]
     if len(latents) != len(captions):
-        raise SystemExit(f"{path} holds {len(latents)} scenes, not --num_scenes {len(captions)}: remove it to redraw")
+        raise SystemExit(f"{path} holds {len(latents)} scenes, not {len(captions)} as asked: remove it to redraw")
     return latents, captions
+
+
+def draw_bucket(buckets: list[Bucket], share: float, seed: int, step: int) -> int:
+    """Which bucket a step trains on: the same in every process and after a restart."""
+    weights = [bucket.weight if share >= bucket.start else 0.0 for bucket in buckets]
+    return random.Random(f"{seed} {step}").choices(range(len(buckets)), weights)[0]
 
 
 def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, pipeline: DiffusionPipeline) -> None:
     """What the scheduler has a model predict, on cached latents with dropped captions and an EMA; writes
     output_dir/pipeline."""
-    latents, captions = cached_latents(args, accelerator)
-    tokens = _tokenize(pipeline, captions)
+    data = []
+    for bucket in args.buckets:
+        latents, captions = cached_latents(args, bucket, accelerator)
+        data.append((latents, _tokenize(pipeline, captions)))
     empty = _tokenize(pipeline, [""])[0]
     denoiser = denoiser_of(pipeline)
     optimizer = torch.optim.AdamW(
@@ -364,14 +434,16 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, pipeline:
         logger.info("the autoencoder is not trained yet: no validation images")
     progress.start_clock()
     bar = tqdm(total=args.max_train_steps, initial=progress.step, disable=not accelerator.is_local_main_process)
-    running = 0.0
-    while progress.share < 1:
-        chosen = torch.randint(len(latents), (args.train_batch_size,))
+    running: dict[str, float] = {}
+    while (share := progress.shared_share()) < 1:
+        at = draw_bucket(args.buckets, share, args.seed, progress.step)
+        (latents, tokens), bucket = data[at], args.buckets[at]
+        chosen = torch.randint(len(latents), (bucket.batch,))
         clean = latents[chosen].to(accelerator.device).float()
         prompt = tokens[chosen].clone()
         prompt[torch.rand(len(chosen)) < args.caption_dropout] = empty
         noise = torch.randn_like(clean)
-        timesteps = draw_timesteps(diffusion, len(chosen)).to(accelerator.device)
+        timesteps = draw_timesteps(diffusion, len(chosen), min(bucket.width, bucket.height)).to(accelerator.device)
         noisy = diffusion.add_noise(clean, noise, timesteps)
         target = diffusion.target(clean, noise, timesteps)
         for group in optimizer.param_groups:
@@ -385,11 +457,12 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, pipeline:
         optimizer.zero_grad()
         ema.step(model.parameters())
         progress.tick()
-        running = loss.item() if progress.step == 1 else 0.98 * running + 0.02 * loss.item()
+        running[bucket.name] = 0.98 * running.get(bucket.name, loss.item()) + 0.02 * loss.item()
         bar.update(1)
         if progress.step % 50 == 0:
-            bar.set_postfix(loss=f"{running:.4f}", share=f"{progress.share:.3f}")
-            accelerator.log({"denoiser/loss": running}, step=progress.step)
+            losses = {f"loss {name}": round(value, 4) for name, value in running.items()}
+            bar.set_postfix(losses, share=f"{progress.share:.3f}")
+            accelerator.log({f"denoiser/{name}": value for name, value in losses.items()}, step=progress.step)
         if progress.step % args.checkpointing_steps == 0:
             checkpoints.save(progress.step)
         if progress.step % args.validation_steps == 0 and accelerator.is_main_process and draws:
@@ -403,11 +476,14 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, pipeline:
     accelerator.wait_for_everyone()
 
 
-def draw_timesteps(diffusion: Diffusion, count: int) -> torch.Tensor:
-    """[count] timesteps, stratified over the batch: the loss is less noisy than with independent draws."""
+def draw_timesteps(diffusion: Diffusion, count: int, side: int = 128) -> torch.Tensor:
+    """[count] timesteps, stratified over the batch: the loss is less noisy than with independent draws.
+
+    They lean towards high noise, where it is decided what stands where (fine detail is learned sooner), the more the
+    greater `side`, the picture's shorter one in pixels: the same noise hides less of a larger picture.
+    """
     strata = (torch.arange(count) + torch.rand(count)) / count
-    # The power leans towards high noise, where it is decided what stands where; fine detail is learned sooner.
-    timesteps = strata**0.6 * diffusion.steps
+    timesteps = strata ** (0.6 * (128 / side) ** 0.4) * diffusion.steps
     return timesteps if diffusion.prediction == "flow" else timesteps.long()
 
 

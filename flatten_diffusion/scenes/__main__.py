@@ -31,11 +31,12 @@ def _parser() -> argparse.ArgumentParser:
     split = captions.add_mutually_exclusive_group()
     split.add_argument("--held-out", action="store_true", help="only captions that training never sees")
     split.add_argument("--training", action="store_true", help="only the others")
+    captions.add_argument("--size", type=int, default=128, help="shorter side of the pictures meant: 256 asks for more")
     captions.add_argument("--repeat", action="store_true", help="the same caption may come twice, as in training")
     drawn = commands.add_parser("render", help="draw captions")
     drawn.add_argument("captions", type=Path, help="text file, one caption per line")
     drawn.add_argument("output", type=Path, help="folder, made if needed")
-    drawn.add_argument("--size", type=int, default=128)
+    drawn.add_argument("--size", type=_size, default=(128, 128), help="WIDTH or WIDTHxHEIGHT in pixels")
     drawn.add_argument("--seed", type=int, default=0)
     checked = commands.add_parser("check", help="the share of stated facts that images show")
     checked.add_argument("folder", type=Path, help="images and metadata.jsonl (file_name, text)")
@@ -43,7 +44,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _render(captions: Path, output: Path, size: int, seed: int) -> None:
+def _size(text: str) -> tuple[int, int]:
+    try:
+        width, height = (int(side) for side in text.split("x")) if "x" in text else (int(text), int(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give WIDTH or WIDTHxHEIGHT in pixels") from error
+    return width, height
+
+
+def _render(captions: Path, output: Path, size: tuple[int, int], seed: int) -> None:
     if not captions.is_file():
         raise ValueError(f"{captions}: no such file: give a text file with one caption per line")
     try:
@@ -66,7 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "captions":
             held_out = True if args.held_out else False if args.training else None
-            print("\n".join(sample_captions(args.count, args.seed, held_out=held_out, different=not args.repeat)))
+            different = not args.repeat
+            print(
+                "\n".join(
+                    sample_captions(args.count, args.seed, held_out=held_out, different=different, size=args.size)
+                )
+            )
         elif args.command == "render":
             _render(args.captions, args.output, args.size, args.seed)
         else:

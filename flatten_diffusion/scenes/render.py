@@ -9,19 +9,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from .grammar import BACKGROUNDS, COLOURS, TEXTURES, SceneSpec, parse
+from .grammar import BACKGROUNDS, COLOURS, ORIENTATIONS, TEXTURES, SceneSpec, parse
 
 _SUPERSAMPLING = 4
 # The texture's ink is the object's colour halfway to white.
 INK_TINT = 0.5
+PINSTRIPE_PERIOD = 16.0
+"""Pixels of the picture from one pinstripe to the next; the stripe is half as wide."""
+LINE_WIDTH, LINE_LENGTH = 8.0, 0.8
+"""A thin line's width in pixels of the picture, and its length in units of the side it runs along."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One drawn object: centre and radius in units of the image's shorter side (x, y of its width and height)."""
+    """One drawn object: centre and radius in units of the image's shorter side (x, y of its width and height).
+
+    A line's shape is its orientation, and it has no radius.
+    """
 
     shape: str
     colour: str
@@ -40,15 +48,22 @@ def tint(colour: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def layout(spec: SceneSpec, rng: random.Random) -> list[Placed]:
     """Choose everything the caption leaves open: places, sizes, and colours or textures that are not stated."""
+    if spec.kind == "lines":
+        return _lines(spec, rng)
     places = {
         "single": _single_places,
         "count": _count_places,
         "relation": _relation_places,
         "matching": _pair_places,
         "mirrored": _mirrored_places,
+        "distant": _distant_places,
+        "row": _grid_places,
+        "grid": _grid_places,
     }[spec.kind](spec, rng)
-    radii = {"single": (0.26, 0.36), "count": (0.155, 0.18)}.get(spec.kind, (0.17, 0.2))
-    radius = rng.uniform(*radii)
+    radii = {"single": (0.26, 0.36), "count": (0.155, 0.18), "distant": (0.08, 0.1), "row": (0.054, 0.062)}
+    if spec.kind == "grid" and spec.grid:
+        radii["grid"] = (0.3 / max(spec.grid), 0.34 / max(spec.grid))
+    radius = rng.uniform(*radii.get(spec.kind, (0.17, 0.2)))
     placed = []
     open_colour = rng.choice(list(COLOURS))
     for index, (x, y) in enumerate(places):
@@ -57,6 +72,41 @@ def layout(spec: SceneSpec, rng: random.Random) -> list[Placed]:
         flipped = spec.kind == "mirrored" and index == 1
         placed.append(Placed(thing.shape, colour, texture, x, y, radius, flipped))
     return placed
+
+
+def _lines(spec: SceneSpec, rng: random.Random) -> list[Placed]:
+    spread = 0.8 / spec.count
+    middles = [0.5 + (index - (spec.count - 1) / 2) * spread + rng.uniform(-0.02, 0.02) for index in range(spec.count)]
+    colour, upright = spec.things[0].colour or "", spec.orientation == "vertical"
+    places = [(middle, 0.5) if upright else (0.5, middle) for middle in middles]
+    return [Placed(spec.orientation or "", colour, TEXTURES[0], x, y, 0.0) for x, y in places]
+
+
+def _grid_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, float]]:
+    rows, columns = spec.grid or (1, spec.count)
+    # Cells are as wide as the most of them in a row or column asks for, so that grids are square-celled.
+    spread = 0.16 if spec.kind == "row" else 0.92 / max(rows, columns)
+    x, y = (0.5 + rng.uniform(-0.01, 0.01) for _ in range(2))
+    if spec.kind == "row":
+        y = rng.uniform(0.25, 0.75)
+    return [
+        (x + (column - (columns - 1) / 2) * spread, y + (row - (rows - 1) / 2) * spread)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+
+
+def _distant_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, float]]:
+    # (low, high) of each axis; what the pair stands across from end to end, along the other axis it is free.
+    x, y = ([rng.uniform(0.13, 0.17), rng.uniform(0.83, 0.87)] for _ in range(2))
+    across = rng.choice(("width", "height", "both"))
+    if across == "width":
+        y = [rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8)]
+    elif across == "height":
+        x = [rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8)]
+    elif rng.random() < 0.5:
+        y.reverse()
+    return list(zip(x, y, strict=True))
 
 
 def _single_places(spec: SceneSpec, rng: random.Random) -> list[tuple[float, float]]:
@@ -135,8 +185,20 @@ def draw_mask(shape: str, size: int, x: float, y: float, radius: float, flipped:
     return mask
 
 
-def draw_texture(texture: str, size: int, x: float, y: float, radius: float) -> Image.Image:
-    """Where the ink goes (255), mode "L", anchored to the object's centre; x, y and radius in pixels."""
+def draw_pinstripes(size: int, x: float, period: float) -> Image.Image:
+    """Upright stripes, mode "L" (255 ink), size × size, the edge of one at `x`; `period` in pixels."""
+    columns = (np.arange(size) + 0.5 - x) / period
+    row = np.where(columns - np.floor(columns) < 0.5, 255, 0).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(row, (size, size)).copy())
+
+
+def draw_texture(texture: str, size: int, x: float, y: float, radius: float, pixel: float = 1.0) -> Image.Image:
+    """Where the ink goes (255), mode "L", anchored to the object's centre; x, y and radius in pixels drawn here.
+
+    `pixel` is how many of those make one of the picture, for textures of a fixed period.
+    """
+    if texture == "pinstriped":
+        return draw_pinstripes(size, x, PINSTRIPE_PERIOD * pixel)
     ink = Image.new("L", (size, size), 0)
     pen = ImageDraw.Draw(ink)
     cell = radius * 0.5
@@ -155,7 +217,7 @@ def draw_texture(texture: str, size: int, x: float, y: float, radius: float) -> 
     return ink
 
 
-def _paint(canvas: Image.Image, item: Placed) -> None:
+def _paint(canvas: Image.Image, item: Placed, pixel: float) -> None:
     width, height = canvas.size
     side = min(width, height)
     radius = item.radius * side
@@ -164,26 +226,40 @@ def _paint(canvas: Image.Image, item: Placed) -> None:
     x, y = item.x * width - left, item.y * height - top
     base = COLOURS[item.colour]
     paint = Image.new("RGB", (box, box), base)
-    paint.paste(tint(base), mask=draw_texture(item.texture, box, x, y, radius))
+    paint.paste(tint(base), mask=draw_texture(item.texture, box, x, y, radius, pixel))
     canvas.paste(paint, (left, top), draw_mask(item.shape, box, x, y, radius, item.flipped))
 
 
-def draw(background: str, items: list[Placed], width: int, height: int) -> Image.Image:
-    """Draw placed objects on a background, antialiased, RGB."""
-    scale = _SUPERSAMPLING if max(width, height) <= 1024 else 2
+def _paint_line(canvas: Image.Image, item: Placed, pixel: float) -> None:
+    half = LINE_WIDTH * pixel / 2
+    reach = (half, LINE_LENGTH / 2 * canvas.height)
+    right, down = reach if item.shape == "vertical" else (LINE_LENGTH / 2 * canvas.width, half)
+    x, y = item.x * canvas.width, item.y * canvas.height
+    box = (round(x - right), round(y - down), round(x + right), round(y + down))
+    canvas.paste(COLOURS[item.colour], box)
+
+
+def draw(
+    background: str, items: list[Placed], width: int, height: int, supersampling: int | None = None
+) -> Image.Image:
+    """Draw placed objects on a background, RGB, antialiased by `supersampling` times as many pixels a side."""
+    scale = supersampling or (_SUPERSAMPLING if max(width, height) <= 1024 else 2)
     canvas = draw_background(background, width * scale, height * scale)
     for item in items:
-        _paint(canvas, item)
-    return canvas.resize((width, height), Image.Resampling.BOX)
+        (_paint_line if item.shape in ORIENTATIONS else _paint)(canvas, item, float(scale))
+    return canvas if scale == 1 else canvas.resize((width, height), Image.Resampling.BOX)
 
 
-def render(caption: str, size: int | tuple[int, int] = 256, seed: int = 0) -> Image.Image:
+def render(
+    caption: str, size: int | tuple[int, int] = 256, seed: int = 0, supersampling: int | None = None
+) -> Image.Image:
     """Draw a caption.
 
     Args:
         caption: a caption of the grammar.
         size: pixels, one side of a square or (width, height).
         seed: chooses everything the caption leaves open.
+        supersampling: pixels drawn a side for one of the picture; by default 4, for more than 1024 pixels 2.
 
     Raises:
         ValueError: the caption is not of the grammar, or the size is below 16 pixels.
@@ -193,10 +269,10 @@ def render(caption: str, size: int | tuple[int, int] = 256, seed: int = 0) -> Im
         raise ValueError(f"size {width}x{height} is too small to draw a scene: use at least 16 pixels a side")
     spec = parse(caption)
     items = layout(spec, random.Random(f"{spec.caption}|{seed}"))
-    return draw(spec.background, items, width, height)
+    return draw(spec.background, items, width, height, supersampling)
 
 
-def render_folder(captions: Sequence[str], folder: Path, size: int, seed: int = 0) -> None:
+def render_folder(captions: Sequence[str], folder: Path, size: int | tuple[int, int], seed: int = 0) -> None:
     """Draw each caption into `folder` (made if needed), with a metadata.jsonl (file_name, text) as data sets have it.
 
     Caption i is drawn with the seed `seed` + i. Raises ValueError for a caption that is not of the grammar, before the

@@ -11,9 +11,10 @@ from flatten_diffusion.scenes.grammar import BACKGROUNDS, COLOURS, RELATIONS, SH
 from flatten_diffusion.scenes.render import Placed, draw, render
 
 
-@pytest.mark.parametrize("size", [96, 128, 200, 512])
+@pytest.mark.parametrize("size", [96, 128, 200, 256, 512, (640, 384), (384, 640), 1024])
 def test_real_renderings_hold_their_captions(size):
-    captions = sample_captions(40, seed=size, held_out=None)
+    shorter = size if isinstance(size, int) else min(size)
+    captions = sample_captions(16 if shorter > 512 else 40, seed=shorter, different=False, size=shorter)
     held = [fact_accuracy(render(caption, size, seed), caption) for seed, caption in enumerate(captions)]
     assert sum(held) / len(held) >= 0.99
 
@@ -96,7 +97,7 @@ def test_found_objects_are_where_they_were_drawn():
     background, (seen,), silhouette = find_objects(draw("black", [item], 256, 256))
     assert (background, seen.shape, seen.colour, seen.texture) == ("black", "diamond", "cyan", "checkered")
     assert abs(seen.x - 0.4) < 0.01 and abs(seen.y - 0.6) < 0.01 and abs(seen.radius - 0.2) < 0.01
-    assert silhouette.shape == (128, 128)
+    assert silhouette.shape == (256, 256)
 
 
 def test_rendering_is_reproducible_scales_and_refuses_specks():
@@ -108,3 +109,43 @@ def test_rendering_is_reproducible_scales_and_refuses_specks():
     assert render(caption, (160, 96), 7).size == (160, 96)
     with pytest.raises(ValueError, match="too small"):
         render(caption, 8)
+
+
+def _failing(items, caption, side=256):
+    return [fact.name for fact in check(draw("white", items, side, side), caption) if not fact.holds]
+
+
+def test_arrangements_of_many_small_things_can_fail():
+    row = [Placed("star", "red", "solid", x, 0.5, 0.06) for x in (0.2, 0.4, 0.6, 0.8)]
+    said = "a row of four red stars on a white background"
+    assert _failing(row, said) == []
+    assert _failing(row[:3], said) == ["count 4", "row 1 by 4"]
+    assert _failing([*row[:3], dataclasses.replace(row[3], y=0.6)], said) == ["row 1 by 4"]
+    grid = [Placed("ring", "blue", "solid", x, y, 0.08) for x in (0.2, 0.5, 0.8) for y in (0.3, 0.7)]
+    assert _failing(grid, "a grid of two by three blue rings on a white background") == []
+    assert _failing(grid, "a grid of three by two blue rings on a white background") == ["grid 3 by 2"]
+
+
+def test_distant_pairs_must_match_and_be_distant():
+    said = "a distant pair of circles on a white background"
+    one, far = Placed("circle", "red", "solid", 0.15, 0.3, 0.09), Placed("circle", "red", "solid", 0.85, 0.6, 0.09)
+    assert _failing([one, far], said) == []
+    assert _failing([one, dataclasses.replace(far, x=0.5)], said) == ["distant"]
+    assert _failing([one, dataclasses.replace(far, colour="blue")], said) == ["matching"]
+
+
+@pytest.mark.parametrize("size", [256, 512, 1024])
+def test_thin_lines_and_pinstripes_are_of_fixed_width_in_pixels(size):
+    lines = "three thin green horizontal lines on a black background"
+    picture = render(lines, size)
+    assert fact_accuracy(picture, lines) == 1
+    wrong = [fact.name for fact in check(picture, lines.replace("horizontal", "vertical")) if not fact.holds]
+    assert wrong == ["lines vertical"]
+    coloured = (np.asarray(picture).max(-1) > 60)[:, size // 2]
+    assert 3 * 7 <= coloured.sum() <= 3 * 9
+    for texture in ("striped", "checkered", "dotted", "solid"):
+        said = "a pinstriped red square on a white background"
+        failing = [f.name for f in check(render(said, size), said.replace("pinstriped", texture)) if not f.holds]
+        assert failing == [f"texture {texture}"]
+        other = said.replace("pinstriped", texture)
+        assert [f.name for f in check(render(other, size), said) if not f.holds] == ["texture pinstriped"]

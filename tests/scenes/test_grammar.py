@@ -5,7 +5,10 @@ import random
 import pytest
 
 from flatten_diffusion.scenes.grammar import (
+    FINE_TEXTURES,
     KINDS,
+    LARGE,
+    LARGE_KINDS,
     SceneSpec,
     Thing,
     is_held_out,
@@ -18,12 +21,15 @@ from flatten_diffusion.scenes.grammar import (
 
 def test_every_sampled_scene_survives_being_said_and_read_back():
     rng = random.Random(3)
-    kinds = set()
-    for _ in range(2000):
-        spec = sample_spec(rng)
-        kinds.add(spec.kind)
-        assert parse(spec.caption) == spec
-    assert kinds == set(KINDS)
+    for size, expected in ((LARGE - 1, set(KINDS)), (LARGE, set(KINDS + LARGE_KINDS))):
+        kinds, textures = set(), set()
+        for _ in range(2000):
+            spec = sample_spec(rng, size)
+            kinds.add(spec.kind)
+            textures.update(thing.texture for thing in spec.things)
+            assert parse(spec.caption) == spec
+        assert kinds == expected
+        assert textures.issuperset(FINE_TEXTURES) == (size >= LARGE)
 
 
 def test_parse_reads_what_a_person_would_type():
@@ -39,8 +45,40 @@ def test_parse_reads_what_a_person_would_type():
 
 
 @pytest.mark.parametrize(
+    ("caption", "spec"),
+    [
+        (
+            "a row of six red stars on a gray background",
+            SceneSpec("row", (Thing("star", "red"),), "gray", 6, grid=(1, 6)),
+        ),
+        (
+            "a grid of two by four dotted pink rings on a mist background",
+            SceneSpec("grid", (Thing("ring", "pink", "dotted"),), "mist", 8, grid=(2, 4)),
+        ),
+        (
+            "five thin blue vertical lines on a white background",
+            SceneSpec("lines", (Thing("line", "blue"),), "white", 5, orientation="vertical"),
+        ),
+        (
+            "a distant pair of pinstriped squares on a dusk background",
+            SceneSpec("distant", (Thing("square", None, "pinstriped"),), "dusk", 2),
+        ),
+    ],
+)
+def test_what_only_large_pictures_hold_is_read_and_said(caption, spec):
+    assert parse(caption) == spec and spec.caption == caption
+
+
+@pytest.mark.parametrize(
     ("caption", "complaint"),
     [
+        ("a row of two red stars on a gray background", "'two' is no number of the 'row' kind; use three"),
+        ("a row of stars on a gray background", "no number"),
+        ("a grid of two red stars on a gray background", "ROWS by COLUMNS"),
+        ("a grid of two by six red stars on a gray background", "'six'"),
+        ("six thin red vertical lines on a gray background", "'six' is no number of the 'lines' kind"),
+        ("two thin red slanted lines on a gray background", "horizontal|vertical"),
+        ("a distant pair of red stars on a gray background", "red stars"),
         ("a red circle", "must end in"),
         ("a red circle on a plaid background", "must end in"),
         ("a red blob on a white background", "red blob"),
@@ -71,5 +109,5 @@ def test_held_out_captions_are_a_tenth_and_never_mix():
 
 def test_the_vocabulary_covers_every_caption():
     words = set(vocabulary())
-    for caption in sample_captions(500, seed=8):
+    for caption in sample_captions(500, seed=8) + sample_captions(1000, seed=8, size=LARGE):
         assert set(caption.split()) <= words
