@@ -1,6 +1,7 @@
 """The README's first command, at a small size."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -13,16 +14,23 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart.py"
 def run(monkeypatch, *arguments):
     spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "quickstart", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, arguments)])
     module.main()
 
 
 def test_it_prints_one_table_and_writes_both_rows(monkeypatch, tmp_path, capsys):
-    picture = tmp_path / "both.png"
-    run(monkeypatch, "--output", picture, "--large", 160, "--num_inference_steps", 1, "--repeats", 1)
+    picture, numbers = tmp_path / "both.png", tmp_path / "both.json"
+    small = ["--size", 128, "--large", 160, "--num_inference_steps", 2, "--repeats", 1]
+    run(monkeypatch, "--output", picture, "--json", numbers, *small)
     printed = capsys.readouterr().out
-    assert "128x128" in printed and "160x160" in printed and "ratio" in printed and str(picture) in printed
+    assert "128x128, seconds" in printed and "160x160, seconds" in printed and str(picture) in printed
+    measured = json.loads(numbers.read_text())["measured"]
+    assert {name: [len(values) for values in side.values()] for name, side in measured.items()} == {
+        "original": [4, 1, 4],
+        "converted": [4, 1, 4],
+    }
     sheet = Image.open(picture)
     assert sheet.width > 4 * 256 and sheet.height > 2 * 256
     # The two rows come from the same seeds but not from the same attention.
@@ -33,7 +41,9 @@ def test_it_prints_one_table_and_writes_both_rows(monkeypatch, tmp_path, capsys)
     )
 
 
-@pytest.mark.parametrize("wrong", [["--large", 100], ["--output", "no-such-folder/x.png"]])
+@pytest.mark.parametrize(
+    "wrong", [["--large", 100], ["--size", 8], ["--repeats", 0], ["--output", "no-such-folder/x.png"]]
+)
 def test_wrong_use_is_refused_before_anything_is_drawn(monkeypatch, wrong, capsys):
     with pytest.raises(SystemExit) as raised:
         run(monkeypatch, *wrong)
