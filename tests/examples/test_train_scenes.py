@@ -35,13 +35,13 @@ def test_all_stages_leave_a_pipeline_that_loads_and_draws(tmp_path):
 def test_a_second_run_continues_from_the_newest_checkpoint(tmp_path):
     run(*toy(tmp_path, "--max_train_steps", 2, "--stages", "vae,denoiser"))
     assert json.loads((tmp_path / "training.json").read_text())["steps"] == 2
-    latents = (tmp_path / "latents.safetensors").read_bytes()
+    latents = (tmp_path / "latents-32x32.safetensors").read_bytes()
     for file in (tmp_path / "pipeline").rglob("*"):
         if file.is_file():
             file.unlink()
     run(*toy(tmp_path, "--max_train_steps", 4, "--stages", "denoiser"))
     assert json.loads((tmp_path / "training.json").read_text())["steps"] == 4
-    assert (tmp_path / "latents.safetensors").read_bytes() == latents
+    assert (tmp_path / "latents-32x32.safetensors").read_bytes() == latents
     assert sorted(path.name for path in (tmp_path / "denoiser-checkpoints").iterdir()) == [
         "checkpoint-2",
         "checkpoint-4",
@@ -67,8 +67,36 @@ def test_the_joint_architecture_goes_on_from_a_smaller_one(tmp_path):
     assert not torch.allclose(started["pos_embed.pos_embed"], ended["pos_embed.pos_embed"])
 
 
+def test_several_sizes_are_learned_in_buckets(tmp_path):
+    buckets = ["--buckets", "32:2:8:1", "64x32:1:6:4:0.3"]
+    run(*toy(tmp_path, "--max_train_steps", 6, "--stages", "denoiser", *buckets))
+    shapes = [load_file(tmp_path / f"latents-{name}.safetensors")["latents"].shape for name in ("32x32", "64x32")]
+    assert [tuple(shape) for shape in shapes] == [(8, 12, 4, 4), (6, 12, 4, 8)]
+    chosen = [train_scenes.Bucket.parse(text) for text in buckets[1:]]
+    drawn = [train_scenes.draw_bucket(chosen, share, 0, step) for share in (0.0, 0.29, 0.3) for step in range(50)]
+    assert not any(drawn[:100]) and 25 < sum(drawn[100:]) < 50
+    assert drawn[100:] == [train_scenes.draw_bucket(chosen, 0.9, 0, step) for step in range(50)]
+
+
+def test_larger_pictures_are_learned_from_more_noise():
+    diffusion = train_scenes.Diffusion(train_scenes.build_pipeline(32).scheduler)
+    torch.manual_seed(0)
+    means = [train_scenes.draw_timesteps(diffusion, 4000, side).float().mean() for side in (128, 256, 512)]
+    # t = u^p has the mean 1 / (1 + p), here with p = 0.6, 0.455 and 0.345.
+    assert torch.tensor(means) / 1000 == pytest.approx(torch.tensor([0.625, 0.687, 0.744]), abs=0.003)
+
+
 @pytest.mark.parametrize(
-    "wrong", [["--stages", "unet"], ["--resolution", 100], ["--vae_crop", 12], ["--initial_pipeline", "nowhere"]]
+    "wrong",
+    [
+        ["--stages", "unet"],
+        ["--resolution", 100],
+        ["--vae_crop", 12],
+        ["--initial_pipeline", "nowhere"],
+        ["--buckets", "100:1:1:1"],
+        ["--buckets", "128:1"],
+        ["--buckets", "128:1:1:1:0.5"],
+    ],
 )
 def test_wrong_use_is_refused_before_anything_runs(tmp_path, wrong, capsys):
     with pytest.raises(SystemExit) as raised:
