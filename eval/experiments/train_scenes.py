@@ -54,8 +54,8 @@ logger = get_logger(__name__, log_level="INFO")
 
 @dataclass(frozen=True)
 class Bucket:
-    """One size that training draws batches of: pixels, batch per process, scenes cached, weight of the draw, and from
-    which share of the run on."""
+    """One size that training draws batches of: pixels, batch per process, scenes cached, weight of the draw, and
+    between which shares of the run."""
 
     width: int
     height: int
@@ -63,21 +63,24 @@ class Bucket:
     scenes: int
     weight: float = 1.0
     start: float = 0.0
+    end: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Bucket:
-        """From WIDTH[xHEIGHT]:BATCH:SCENES:WEIGHT[:FROM]; raises ArgumentTypeError."""
+        """From WIDTH[xHEIGHT]:BATCH:SCENES:WEIGHT[:FROM[:UNTIL]]; raises ArgumentTypeError."""
         size, *rest = text.split(":")
         try:
             width, height = (int(side) for side in size.split("x")) if "x" in size else (int(size), int(size))
-            batch, scenes, weight, start = int(rest[0]), int(rest[1]), float(rest[2]), float((*rest[3:], "0")[0])
+            batch, scenes, weight = int(rest[0]), int(rest[1]), float(rest[2])
+            start, end = (float(rest[at]) if len(rest) > at else share for at, share in ((3, 0.0), (4, 1.0)))
         except (ValueError, IndexError) as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not WIDTH[xHEIGHT]:BATCH:SCENES:WEIGHT[:FROM]") from error
-        if width % 32 or height % 32 or min(width, height, batch, scenes) <= 0 or weight <= 0 or not 0 <= start < 1:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: sides must be multiples of 32, counts and weight positive, FROM at least 0 and below 1"
-            )
-        return cls(width, height, batch, scenes, weight, start)
+            form = "WIDTH[xHEIGHT]:BATCH:SCENES:WEIGHT[:FROM[:UNTIL]]"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {form}") from error
+        if width % 32 or height % 32 or min(width, height, batch, scenes) <= 0 or weight <= 0:
+            raise argparse.ArgumentTypeError(f"{text!r}: sides must be multiples of 32, counts and weight positive")
+        if not 0 <= start < end <= 1:
+            raise argparse.ArgumentTypeError(f"{text!r}: FROM and UNTIL must be rising shares of the run, 0 to 1")
+        return cls(width, height, batch, scenes, weight, start, end)
 
     @property
     def name(self) -> str:
@@ -105,8 +108,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         type=Bucket.parse,
         default=None,
-        metavar="WIDTH[xHEIGHT]:BATCH:SCENES:WEIGHT[:FROM]",
-        help="sizes the denoiser learns in turn, each step one, drawn by weight once FROM of the run is over; "
+        metavar="WIDTH[xHEIGHT]:BATCH:SCENES:WEIGHT[:FROM[:UNTIL]]",
+        help="sizes the denoiser learns in turn, each step one, drawn by weight between these shares of the run; "
         "by default --resolution alone, with --train_batch_size and --num_scenes",
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -140,8 +143,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--resolution {args.resolution} must be a multiple of 32")
     if args.buckets is None:
         args.buckets = [Bucket(args.resolution, args.resolution, args.train_batch_size, args.num_scenes)]
-    if all(bucket.start > 0 for bucket in args.buckets):
-        parser.error("--buckets: one of them must start at 0")
+    edges = [0.0, *(bucket.end for bucket in args.buckets if bucket.end < 1)]
+    for share in edges:
+        if not any(bucket.start <= share < bucket.end for bucket in args.buckets):
+            parser.error(f"--buckets: none of them is drawn at {share:g} of the run")
     if args.initial_pipeline is not None and not (args.initial_pipeline / "model_index.json").is_file():
         parser.error(f"--initial_pipeline {args.initial_pipeline}: no pipeline there (no model_index.json)")
     return args
@@ -402,7 +407,7 @@ def cached_latents(
 
 def draw_bucket(buckets: list[Bucket], share: float, seed: int, step: int) -> int:
     """Which bucket a step trains on: the same in every process and after a restart."""
-    weights = [bucket.weight if share >= bucket.start else 0.0 for bucket in buckets]
+    weights = [bucket.weight if bucket.start <= share < bucket.end else 0.0 for bucket in buckets]
     return random.Random(f"{seed} {step}").choices(range(len(buckets)), weights)[0]
 
 

@@ -75,6 +75,9 @@ def test_several_sizes_are_learned_in_buckets(tmp_path):
     chosen = [train_scenes.Bucket.parse(text) for text in buckets[1:]]
     drawn = [train_scenes.draw_bucket(chosen, share, 0, step) for share in (0.0, 0.29, 0.3) for step in range(50)]
     assert not any(drawn[:100]) and 25 < sum(drawn[100:]) < 50
+    gone = [train_scenes.Bucket.parse(text) for text in ("32:2:8:1", "64:1:6:4:0:0.3")]
+    assert any(train_scenes.draw_bucket(gone, 0.2, 0, step) for step in range(50))
+    assert not any(train_scenes.draw_bucket(gone, 0.3, 0, step) for step in range(50))
     assert drawn[100:] == [train_scenes.draw_bucket(chosen, 0.9, 0, step) for step in range(50)]
 
 
@@ -96,6 +99,8 @@ def test_larger_pictures_are_learned_from_more_noise():
         ["--buckets", "100:1:1:1"],
         ["--buckets", "128:1"],
         ["--buckets", "128:1:1:1:0.5"],
+        ["--buckets", "128:1:1:1:0:0.5"],
+        ["--buckets", "128:1:1:1:0.5:0.2"],
     ],
 )
 def test_wrong_use_is_refused_before_anything_runs(tmp_path, wrong, capsys):
