@@ -5,13 +5,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each public name lives: loaded at first use, so that `import flatten_diffusion` does not pay for diffusers.
 _PUBLIC = {
     "AdapterConfig": "adapter",
+    "AgentConfig": "mixers",
     "FocusedLinearAttnProcessor": "models",
     "FocusedLinearConfig": "mixers",
+    "PyramidConfig": "mixers",
     "focused_linear_attention": "ops",
     "linearize": "adapter",
     "list_mixers": "mixers",
@@ -21,8 +23,10 @@ _PUBLIC = {
 
 __all__ = [
     "AdapterConfig",
+    "AgentConfig",
     "FocusedLinearAttnProcessor",
     "FocusedLinearConfig",
+    "PyramidConfig",
     "__version__",
     "focused_linear_attention",
     "linearize",
@@ -33,7 +37,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .adapter import AdapterConfig, linearize, load_adapter, restore
-    from .mixers import FocusedLinearConfig, list_mixers
+    from .mixers import AgentConfig, FocusedLinearConfig, PyramidConfig, list_mixers
     from .models import FocusedLinearAttnProcessor
     from .ops import focused_linear_attention
 

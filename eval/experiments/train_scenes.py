@@ -102,6 +102,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--position_spacing", type=float, default=1.0, help="sd3: between neighbouring tokens; 2 at half the final size"
     )
     parser.add_argument("--resolution", type=int, default=128, help="native image side in pixels")
+    parser.add_argument(
+        "--default_size", type=int, default=None, help="side in pixels of what is drawn unasked; default: --resolution"
+    )
     parser.add_argument("--num_scenes", type=int, default=32_000, help="rendered scenes whose latents are cached")
     parser.add_argument(
         "--buckets",
@@ -139,8 +142,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--stages: unknown stage {sorted(unknown)[0]!r}; use vae, denoiser")
     if args.vae_crop % 8 or not 8 <= args.vae_crop <= args.resolution:
         parser.error(f"--vae_crop {args.vae_crop} must be a multiple of 8, at most --resolution")
-    if args.resolution % 32:
-        parser.error(f"--resolution {args.resolution} must be a multiple of 32")
+    for name in ("resolution", "default_size"):
+        side = getattr(args, name)
+        if side is not None and (side % 32 or side <= 0):
+            parser.error(f"--{name} {side} must be a multiple of 32")
     if args.buckets is None:
         args.buckets = [Bucket(args.resolution, args.resolution, args.train_batch_size, args.num_scenes)]
     edges = [0.0, *(bucket.end for bucket in args.buckets if bucket.end < 1)]
@@ -327,6 +332,7 @@ def train_vae(args: argparse.Namespace, accelerator: Accelerator, vae: Autoencod
     side = args.resolution
     captions = sample_captions(min(args.num_scenes, 3000), args.seed, held_out=False, different=False, size=side)
     pictures = torch.cat(list(render_batches(captions, (side, side), 256, args.seed)))
+    whole = max(1, 4 * 128**2 // side**2)
     vae.train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_learning_rate, weight_decay=0.0)
     model, optimizer = accelerator.prepare(Autoencoder(vae), optimizer)
@@ -338,7 +344,7 @@ def train_vae(args: argparse.Namespace, accelerator: Accelerator, vae: Autoencod
     bar = tqdm(total=args.vae_train_steps, initial=progress.step, disable=not accelerator.is_local_main_process)
     while (share := progress.shared_share()) < 1:
         # The last part sees whole images, so that group norms meet the statistics they will be used with.
-        crop, count = (args.vae_crop, args.vae_batch_size) if share < 0.6 else (args.resolution, 4)
+        crop, count = (args.vae_crop, args.vae_batch_size) if share < 0.6 else (side, whole)
         batch = _random_crops(pictures, count, crop, accelerator.device)
         latents = image_latents(batch)
         # What a denoiser draws is a little off: the decoder meets errors of up to that size in training.
@@ -556,6 +562,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         vae = AutoencoderKL.from_pretrained(trained_vae)
         pipeline = type(pipeline).from_pretrained(trained_pipeline, vae=vae, **absent)
         _write_atomically(pipeline, trained_pipeline)
+        if args.default_size is not None:
+            denoiser_of(pipeline).denoiser.register_to_config(sample_size=args.default_size // 8)
         export_pipeline(pipeline, args.output_dir / "export")
     accelerator.end_training()
 

@@ -24,10 +24,10 @@ def toy(folder, *more):
 def test_all_stages_leave_a_pipeline_that_loads_and_draws(tmp_path):
     from diffusers import StableDiffusionPipeline
 
-    run(*toy(tmp_path, "--max_train_steps", 2))
+    run(*toy(tmp_path, "--max_train_steps", 2, "--default_size", 64))
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "export", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    assert pipe("a red circle on a white background", num_inference_steps=2).images[0].size == (32, 32)
+    assert pipe("a red circle on a white background", num_inference_steps=2).images[0].size == (64, 64)
     assert not list(tmp_path.glob(".*.tmp"))
     assert (tmp_path / "vae-checkpoints" / "checkpoint-2").is_dir()
 
@@ -94,6 +94,7 @@ def test_larger_pictures_are_learned_from_more_noise():
     [
         ["--stages", "unet"],
         ["--resolution", 100],
+        ["--default_size", 100],
         ["--vae_crop", 12],
         ["--initial_pipeline", "nowhere"],
         ["--buckets", "100:1:1:1"],
