@@ -1,4 +1,4 @@
-"""The command line: `flatten-eval fid | statistics | generate | throughput | compare`."""
+"""The command line `flatten-diffusion`, also known as `flatten-eval`: one subcommand per module of `commands`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from .errors import InputError, RefusedComparison, first_line
 from .files import require_writable, to_json, write_json
 
 COMMANDS = {
+    "mixers": "what can take the place of softmax: settings, cost, what each supports",
+    "convert": "convert a pipeline: every layer and why it was left alone; writes an adapter",
     "fid": "Fréchet distance (FID for Inception), KID, CMMD, precision/recall, CLIP score of images against real ones",
     "statistics": "save statistics of a set of images as .npz (mu, sigma as pytorch-fid; count, extractor, resize)",
     "generate": "images of a pipeline, with or without an adapter: one PNG per (prompt, seed), resumable",
@@ -21,6 +23,8 @@ COMMANDS = {
     "compare": "original beside converted: distance, alignment, pairs, speed, memory, and an HTML report",
 }
 """Name and one line of help of every subcommand, a module of `commands`."""
+PROGRAMS = ("flatten-eval", "flatten-diffusion")
+"""Names that the command goes by."""
 
 
 def _load(name: str) -> Any:
@@ -28,11 +32,16 @@ def _load(name: str) -> Any:
     return import_module(f".commands.{name}", __package__)
 
 
+def _program() -> str:
+    called = Path(sys.argv[0]).stem
+    return called if called in PROGRAMS else PROGRAMS[0]
+
+
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of every subcommand's name, and of the arguments of the one that `argv` starts with."""
     parser = argparse.ArgumentParser(
-        prog="flatten-eval",
-        description="How good and how fast a converted diffusion model is, against the original.",
+        prog=_program(),
+        description="Linear attention for diffusers pipelines: convert, and how good and how fast the result is.",
         epilog="Exit codes: 0 done, 2 wrong use or input, 3 refused comparison.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -82,5 +91,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tell(kind: str, line: str, code: int) -> int:
     # What the line quotes may be a megabyte long.
-    print(f"flatten-eval: {kind}: {line if len(line) < 1000 else line[:800] + ' ... ' + line[-200:]}", file=sys.stderr)
+    print(f"{_program()}: {kind}: {line if len(line) < 1000 else line[:800] + ' ... ' + line[-200:]}", file=sys.stderr)
     return code
