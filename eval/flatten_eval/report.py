@@ -17,7 +17,7 @@ from PIL import Image
 
 from .errors import InputError
 from .metrics.paired import Pair
-from .metrics.quality import LABELS
+from .metrics.quality import labels
 
 ORIGINAL = "original"
 CONVERTED = "converted"
@@ -78,12 +78,9 @@ def summary_rows(comparison: Comparison) -> list[tuple[str, Cell, Cell]]:
     """(what, original, converted) for the table; None prints as a dash."""
     quality, paired = comparison.quality, comparison.paired
     baseline = quality["baseline"] or {}
-    name = f"Fréchet distance ({quality['extractor']['name']})"
-    if not baseline:
-        name += " to the original's images"
+    named = labels(quality["extractor"]["name"], "" if baseline else " to the original's images")
     rows: list[tuple[str, Cell, Cell]] = [("images", baseline.get("count", quality["count"]), quality["count"])]
-    rows.append((name, baseline.get("frechet_distance"), quality["frechet_distance"]))
-    rows += [(label, baseline.get(key), quality[key]) for key, label in LABELS.items() if key in quality]
+    rows += [(label, baseline.get(key), quality[key]) for key, label in named.items() if key in quality]
     if comparison.facts is not None:
         rows.append(("stated facts that hold", comparison.facts[ORIGINAL], comparison.facts[CONVERTED]))
     rows.append(("PSNR to the original, dB", None, paired["psnr"] if paired["psnr"] is not None else "identical"))

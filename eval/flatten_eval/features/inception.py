@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..files import replacing
 from ..images import Pixels
 from .base import ExtractorIdentity
+from .crops import Crops
 from .inception_network import INPUT_SIZE, InceptionV3
 from .resize import ResizeMode, resize
 
@@ -67,6 +68,8 @@ class InceptionExtractor:
     """
 
     needs_one_size = False
+    input_size: int | None = INPUT_SIZE
+    crops: Crops | None = None
 
     def __init__(
         self,
