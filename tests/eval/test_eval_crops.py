@@ -188,7 +188,7 @@ def test_crops_that_cannot_be_are_one_line(
     cases: list[tuple[tuple[object, ...], str]] = [
         ((images, images, "--extractor", "pixels", "--crops", 2), "the pixels extractor has no input size"),
         ((images, images, "--extractor", "pixels", "--crop-size", 9), "--crop-size needs --crops"),
-        ((images, images, "--extractor", "pixels", "--crops", 2, "--crop-size", 21), "28x20 are smaller than crops of 21"),
+        ((images, images, "--extractor", "pixels", "--crops", 2, "--crop-size", 21), "smaller than crops of 21x21"),
         ((large, images, "--extractor", "dinov2", "--model", tiny_dinov2, "--crops", "grid"), "a: pictures of 28x20"),
     ]  # fmt: skip
     for arguments, message in cases:

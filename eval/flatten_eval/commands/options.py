@@ -119,6 +119,14 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clip-model", metavar="ID", help="CLIP for cmmd and clip-score: local folder or hub id")
 
 
+def add_lpips_argument(group: argparse._ArgumentGroup) -> None:
+    """--lpips-weights."""
+    group.add_argument(
+        "--lpips-weights", type=Path, metavar="PATH", help="for LPIPS without torchvision: its AlexNet (.pth or "
+        ".safetensors), alone or with the linear layers",
+    )  # fmt: skip
+
+
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     """What is drawn and how."""
     group = parser.add_argument_group("pipeline")
