@@ -88,7 +88,10 @@ class LpipsMeasure:
 
     @torch.inference_mode()
     def __call__(self, first: Pixels, second: Pixels) -> float:
-        """Of two uint8 images [H, W, 3] of one size."""
+        """Of two uint8 images [H, W, 3] of one size. Raises InputError where a side is shorter than SMALLEST."""
+        if min(first.shape[:2]) < SMALLEST:
+            shown = f"{first.shape[1]}x{first.shape[0]}"
+            raise InputError(f"LPIPS needs images of at least {SMALLEST}x{SMALLEST}, got {shown}")
         x, y = (
             torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy()).to(self._device).float() / 127.5 - 1
             for pixels in (first, second)
