@@ -117,11 +117,11 @@ def run(arguments: argparse.Namespace) -> Outcome | None:
     adapter = apply_adapter(pipeline, arguments.adapter, arguments.offline)
     folders = [arguments.output / shown_size(one) if len(drawn) > 1 else arguments.output for one in drawn]
     for one, folder in zip(settings, folders, strict=True):
+        plain, batch_size = replace(one, adapter=None, adapter_sha256=None), arguments.generation_batch_size
         with adapter.disabled():
-            unconverted = replace(one, adapter=None, adapter_sha256=None)
-            generate(pipeline, unconverted, jobs, folder / ORIGINAL, processes, arguments.generation_batch_size)
-        generate(pipeline, one, jobs, folder / CONVERTED, processes, arguments.generation_batch_size)
-    references = [evaluate_source(real, look[0], processes, quality, look[1]) for look in looks] if real else []
+            generate(pipeline, plain, jobs, folder / ORIGINAL, processes, batch_size)
+        generate(pipeline, one, jobs, folder / CONVERTED, processes, batch_size)
+    references = [evaluate_source(real, look[0], processes, quality, look[1]) for look in looks if real is not None]
     measured = [_measure(folder, references, looks, processes, quality) for folder in folders]
     if not processes.is_main:
         return None
