@@ -20,6 +20,7 @@ COMMANDS = {
     "statistics": "save statistics of a set of images as .npz (mu, sigma as pytorch-fid; count, extractor, resize)",
     "generate": "images of a pipeline, with or without an adapter: one PNG per (prompt, seed), resumable",
     "throughput": "seconds per step and image of SDPA, the conversion and the attention-free floor, at several sizes",
+    "teacher": "converted pictures against the original's of the same prompts and seeds: CLIP-I, DINO, LPIPS, FID",
     "compare": "original beside converted: distance, alignment, pairs, speed, memory, and an HTML report",
 }
 """Name and one line of help of every subcommand, a module of `commands`."""

@@ -10,14 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from flatten_diffusion.captions import METADATA, decode_text, read_metadata
+from flatten_diffusion.files import parse_json
 from flatten_diffusion.images import SUFFIXES, is_hidden, to_rgb
+from flatten_diffusion.scenes.check import SETTINGS_KEY
 
 from .errors import InputError, first_line
 
@@ -106,6 +108,15 @@ class ImageReader:
                 return (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)
         except Exception as error:
             raise UnreadableImage(name) from error
+
+    def settings(self, name: str) -> dict[str, Any] | None:
+        """What `generate` wrote into the image, from the header alone; None where it wrote nothing readable."""
+        try:
+            with self._open(name) as file, Image.open(file) as image:
+                written = parse_json(image.info[SETTINGS_KEY], name)
+        except Exception:  # no such key, of another kind, or no image at all
+            return None
+        return written if isinstance(written, dict) else None
 
     def pixels(self, name: str) -> Pixels:
         """The decoded image, uint8 [H, W, 3], by the rule of `flatten_diffusion.images.to_rgb`.

@@ -8,7 +8,6 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,8 @@ from PIL import Image
 
 from .errors import InputError
 from .metrics.paired import Pair
-from .metrics.quality import LABELS
+from .summary import CONVERTED, ORIGINAL, Comparison, SizeComparison, show, shown_size, summary_columns, summary_rows
 
-ORIGINAL = "original"
-CONVERTED = "converted"
-Cell = float | int | str | None
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--accent:#0a7d5a}
 *{box-sizing:border-box}
@@ -53,68 +49,21 @@ document.documentElement.dataset.sliders=document.querySelectorAll('.slide input
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Everything the report shows. `quality` has the original as its baseline where real images were given.
-
-    Attributes:
-        facts: share of stated facts that hold, by side, for an embedded pipeline.
-        layers: the adapter's report.
-        captions: text per image name.
-    """
-
-    settings: dict[str, Any]
-    quality: dict[str, Any]
-    pairs: list[Pair]
-    paired: dict[str, Any]
-    speed: list[dict[str, Any]]
-    facts: dict[str, float] | None
-    layers: str
-    captions: dict[str, str]
-    environment: dict[str, Any]
-
-
-def summary_rows(comparison: Comparison) -> list[tuple[str, Cell, Cell]]:
-    """(what, original, converted) for the table; None prints as a dash."""
-    quality, paired = comparison.quality, comparison.paired
-    baseline = quality["baseline"] or {}
-    name = f"Fréchet distance ({quality['extractor']['name']})"
-    if not baseline:
-        name += " to the original's images"
-    rows: list[tuple[str, Cell, Cell]] = [("images", baseline.get("count", quality["count"]), quality["count"])]
-    rows.append((name, baseline.get("frechet_distance"), quality["frechet_distance"]))
-    rows += [(label, baseline.get(key), quality[key]) for key, label in LABELS.items() if key in quality]
-    if comparison.facts is not None:
-        rows.append(("stated facts that hold", comparison.facts[ORIGINAL], comparison.facts[CONVERTED]))
-    rows.append(("PSNR to the original, dB", None, paired["psnr"] if paired["psnr"] is not None else "identical"))
-    rows.append(("SSIM to the original", None, paired["ssim"]))
-    rows.append(("LPIPS to the original", None, paired["lpips"] if paired["lpips"] is not None else "not available"))
-    for row in comparison.speed:
-        # SDPA's numbers, and those of the fastest backend of the conversion.
-        linear = [variant for name, variant in row["variants"].items() if name.startswith("linear")]
-        linear.sort(key=lambda variant: variant.get("seconds_per_step") or math.inf)
-        sides = (row["variants"].get("sdpa", {}), linear[0] if linear else {})
-        for label, key, scale in (("seconds per step", "seconds_per_step", 1.0), ("peak MiB", "peak_bytes", 2.0**-20)):
-            values = [side[key] * scale if side.get(key) is not None else side.get("failure") for side in sides]
-            rows.append((f"{label}, {row['width']}x{row['height']}", values[0], values[1]))
-    return rows
-
-
 def worst_first(pairs: list[Pair]) -> list[Pair]:
     """Pairs by falling LPIPS where it was measured, else by rising SSIM."""
     return sorted(pairs, key=lambda pair: (-pair.lpips if pair.lpips is not None else pair.ssim, pair.name))
 
 
-def render_report(comparison: Comparison, folder: Path, max_pairs: int) -> str:
+def render_report(comparison: Comparison, max_pairs: int) -> str:
     """The page.
 
     Args:
-        folder: holds the two folders of images.
-        max_pairs: how many pairs are shown, worst first.
+        max_pairs: how many pairs of each size are shown, worst first.
     """
-    settings = comparison.settings
-    shown = worst_first(comparison.pairs)[:max_pairs]
-    title = f"{settings['pipeline']}: original and converted"
+    several = len(comparison.sizes) > 1
+    first = comparison.sizes[0].settings
+    title = f"{first['pipeline']}: original and converted"
+    settings = {shown_size(one.size): one.settings for one in comparison.sizes} if several else first
     made_with = {"settings": settings, "environment": comparison.environment}
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
@@ -122,16 +71,12 @@ def render_report(comparison: Comparison, folder: Path, max_pairs: int) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{_text(title)}</h1>",
-        f"<p>Adapter <b>{_text(settings['adapter'])}</b>; same prompts, same noise.</p>",
-        *(f"<p class='warning'>{_text(warning)}</p>" for warning in comparison.quality["warnings"]),
+        f"<p>Adapter <b>{_text(first['adapter'])}</b>; same prompts, same noise.</p>",
+        *(f"<p class='warning'>{_text(warning)}</p>" for warning in comparison.warnings),
         "<h2>Summary</h2>",
         _summary(comparison),
         _plots(comparison),
-        f"<h2>Pairs, worst first ({len(shown)} of {len(comparison.pairs)})</h2>",
-        "<p>Drag across an image: the original lies left of the line, the converted one right of it.</p>",
-        "<div class='pairs'>",
-        *(_pair(pair, folder, comparison.captions.get(pair.name, "")) for pair in shown),
-        "</div>",
+        *(part for one in comparison.sizes for part in _pairs(one, comparison, max_pairs)),
         "<h2>Settings and versions</h2>",
         f"<pre>{_text(json.dumps(made_with, indent=2, default=str))}</pre>",
         "<details><summary>Attention layers</summary>",
@@ -141,24 +86,33 @@ def render_report(comparison: Comparison, folder: Path, max_pairs: int) -> str:
     return "\n".join(parts)
 
 
+def _pairs(one: SizeComparison, comparison: Comparison, max_pairs: int) -> list[str]:
+    shown = worst_first(one.pairs)[:max_pairs]
+    at = f" at {shown_size(one.size)}" if len(comparison.sizes) > 1 else ""
+    return [
+        f"<h2>Pairs{at}, worst first ({len(shown)} of {len(one.pairs)})</h2>",
+        "<p>Drag across an image: the original lies left of the line, the converted one right of it.</p>",
+        "<div class='pairs'>",
+        *(_pair(pair, one.folder, comparison.captions.get(pair.name, "")) for pair in shown),
+        "</div>",
+    ]
+
+
 def _summary(comparison: Comparison) -> str:
     body = "".join(
-        f"<tr><td>{_text(label)}</td><td>{_text(show(original))}</td><td>{_text(show(converted))}</td></tr>"
-        for label, original, converted in summary_rows(comparison)
+        f"<tr><td>{_text(label)}</td>{''.join(f'<td>{_text(show(cell))}</td>' for side in sides for cell in side)}</tr>"
+        for label, sides in summary_rows(comparison)
     )
-    reason = comparison.paired["lpips_not_available"]
+    columns = summary_columns(comparison)
+    above = "".join(f"<th colspan='2' scope='colgroup'>{_text(column)}</th>" for column in columns)
+    above = f"<tr><th></th>{above}</tr>" if len(columns) > 1 else ""
+    names = "<th>original</th><th>converted</th>" * len(columns)
+    reason = comparison.sizes[0].paired["lpips_not_available"]
     note = f"<p><small>LPIPS: {_text(reason)}.</small></p>" if reason else ""
     return (
-        "<div class='scroll'><table><thead><tr><th></th><th>original</th><th>converted</th></tr></thead>"
+        f"<div class='scroll'><table><thead>{above}<tr><th></th>{names}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>{note}"
     )
-
-
-def show(value: Cell) -> str:
-    """A table cell."""
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def require_matplotlib() -> None:
@@ -170,7 +124,7 @@ def require_matplotlib() -> None:
 def _plots(comparison: Comparison) -> str:
     if find_spec("matplotlib") is None:
         return "<p>No plots: matplotlib is not installed (extra eval).</p>"
-    plots = [(_pairs_png(comparison.pairs), "SSIM of every pair, sorted")]
+    plots = [(_pairs_png(comparison.sizes), "SSIM of every pair, sorted")]
     if comparison.speed:
         plots.insert(0, (throughput_png(comparison.speed, "Seconds per step"), "Seconds per step against size"))
     images = "".join(f"<img alt='{_text(label)}' src='{_url('png', data)}'>" for data, label in plots)
@@ -200,11 +154,15 @@ def throughput_png(results: Sequence[Mapping[str, Any]], title: str) -> bytes:
     return _png(figure)
 
 
-def _pairs_png(pairs: list[Pair]) -> bytes:
+def _pairs_png(sizes: Sequence[SizeComparison]) -> bytes:
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure(7, 3, "pair, worst first", "SSIM")
-    axes.plot(range(1, len(pairs) + 1), sorted(pair.ssim for pair in pairs), marker=".", linewidth=1)
+    for one in sizes:
+        values = sorted(pair.ssim for pair in one.pairs)
+        axes.plot(range(1, len(values) + 1), values, marker=".", linewidth=1, label=shown_size(one.size))
+    if len(sizes) > 1:
+        axes.legend(fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _png(figure)
 

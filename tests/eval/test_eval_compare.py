@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -183,3 +184,125 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(
         )
         assert code == 2 and message in line, (case, line)
         assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def at_sizes(tiny_pipeline: Path, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sizes")
+    (folder / "prompts.txt").write_text("a dog\nb\n")
+    arguments = [
+        "compare", tiny_pipeline, "--adapter", tiny_adapter, "--prompts", folder / "prompts.txt", "--steps", 1,
+        "--sizes", "64x48", 32, "--speed-sizes", 32, 96, "--rounds", 1, "--report-pairs", 1, "--output", folder / "out",
+        "--crops", "grid", "--crop-size", 16, "--device", "cpu", "--offline", "--json", folder / "result.json",
+    ]  # fmt: skip
+    assert main([*map(str, arguments)]) == 0
+    return folder
+
+
+def test_several_sizes_are_side_by_side(at_sizes: Path, tiny_pipeline: Path, tmp_path: Path, run_json: Run) -> None:
+    found = json.loads((at_sizes / "result.json").read_text())
+    assert found == json.loads((at_sizes / "out" / "compare.json").read_text())
+    assert [(one["settings"]["width"], one["settings"]["height"]) for one in found["sizes"]] == [(32, 32), (64, 48)]
+    assert "quality" not in found and [row["width"] for row in found["speed"]] == [32, 96]
+    for one, (name, crops) in zip(found["sizes"], {"32x32": 4, "64x48": 12}.items(), strict=True):
+        sides = [at_sizes / "out" / name / side for side in ("original", "converted")]
+        assert Image.open(sides[0] / "000000-0.png").size == tuple(map(int, name.split("x")))
+        whole = run_json("fid", *sides, "--extractor", "pixels")
+        assert one["quality"]["frechet_distance"] == whole["frechet_distance"] != 0
+        cut = run_json("fid", *sides, "--extractor", "pixels", "--crops", "grid", "--crop-size", 16)
+        assert one["quality"]["crop_frechet_distance"] == cut["crop_frechet_distance"] != whole["frechet_distance"]
+        assert cut["crop_count"] == 2 * crops and one["quality"]["crop_extractor"]["crops"] == "grid-16"
+        assert one["paired"]["pairs"] == 2 and len(one["pairs"]) == 2
+    assert all(warning.startswith(("32x32: ", "64x48: ")) for warning in found["warnings"])
+
+
+def test_the_report_of_several_sizes(at_sizes: Path) -> None:
+    found = json.loads((at_sizes / "result.json").read_text())
+    source = (at_sizes / "out" / "report.html").read_text()
+    page = Page()
+    page.feed(source)
+    assert re.findall(r"<th colspan='2' scope='colgroup'>([^<]*)</th>", source) == ["32x32", "64x48", "96x96"]
+    rows = {}
+    for row in re.findall(r"<tr><td>(.*?)</tr>", source):
+        label, *cells = re.sub(r"<[^>]*>", "|", row).replace("||", "|").strip("|").split("|")
+        rows[html.unescape(label)] = cells
+    assert all(len(cells) == 6 for cells in rows.values())
+    ssim = [f"{one['paired']['ssim']:.4g}" for one in found["sizes"]]
+    assert rows["SSIM to the original"] == ["–", ssim[0], "–", ssim[1], "–", "–"]
+    seconds = [f"{row['variants']['sdpa']['seconds_per_step']:.4g}" for row in found["speed"]]
+    assert rows["seconds per step"][0::2] == [seconds[0], "–", seconds[1]]
+    cut = [f"{one['quality']['crop_frechet_distance']:.4g}" for one in found["sizes"]]
+    assert rows["Fréchet distance (pixels) to the original's images, crops"] == ["–", cut[0], "–", cut[1], "–", "–"]
+    for word in ("Pairs at 32x32, worst first (1 of 2)", "Pairs at 64x48, worst first (1 of 2)"):
+        assert word in page.text
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 2 * 2 + 2
+
+
+def test_one_of_several_sizes_is_the_one_of_size(
+    at_sizes: Path, tiny_pipeline: Path, tiny_adapter: Path, tmp_path: Path, run_json: Run
+) -> None:
+    common = (tiny_pipeline, "--adapter", tiny_adapter, "--prompts", at_sizes / "prompts.txt", "--steps", 1)
+    found = [
+        run_json("compare", *common, "--speed-sizes", "--output", tmp_path / option, option, "64x48")
+        for option in ("--size", "--sizes")
+    ]
+    for one in found:
+        del one["environment"]
+    assert found[0] == found[1] and "crop_frechet_distance" not in found[0]["quality"]
+    assert list(found[0]) == [
+        "command",
+        "settings",
+        "quality",
+        "facts",
+        "paired",
+        "pairs",
+        "speed",
+        "warnings",
+        "report",
+    ]
+    for name in ("original", "converted"):
+        one, other = ((tmp_path / option / name / "000000-0.png").read_bytes() for option in ("--size", "--sizes"))
+        assert one == other == (at_sizes / "out" / "64x48" / name / "000000-0.png").read_bytes()
+
+
+def test_real_images_of_several_sizes(
+    at_sizes: Path, tiny_pipeline: Path, tiny_adapter: Path, tmp_path: Path, run_json: Run,
+    make_images: Callable[..., Path],
+) -> None:  # fmt: skip
+    output, real = shutil.copytree(at_sizes / "out", tmp_path / "out"), make_images("real", 3, 40, 40)
+    found = run_json(
+        "compare", tiny_pipeline, "--adapter", tiny_adapter, "--prompts", at_sizes / "prompts.txt", "--steps", 1,
+        "--sizes", 32, "64x48", "--speed-sizes", "--real", real, "--crops", 2, "--crop-size", 20, "--output", output,
+    )  # fmt: skip
+    for one in found["sizes"]:
+        name = f"{one['settings']['width']}x{one['settings']['height']}"
+        for column, side in ((one["quality"], "converted"), (one["quality"]["baseline"], "original")):
+            whole = run_json("fid", real, output / name / side, "--extractor", "pixels")
+            cut = run_json("fid", real, output / name / side, "--extractor", "pixels", "--crops", 2, "--crop-size", 20)
+            assert column["frechet_distance"] == whole["frechet_distance"]
+            assert column["crop_frechet_distance"] == cut["crop_frechet_distance"]
+    assert "crop_frechet_distance" in (output / "compare.json").read_text() and found["speed"] == []
+
+
+def test_sizes_that_cannot_be_are_said_before_anything_is_drawn(
+    at_sizes: Path, tiny_pipeline: Path, tiny_adapter: Path, tmp_path: Path, run_json: Run, run_error: Fail
+) -> None:
+    saved = tmp_path / "s.npz"
+    run_json("statistics", at_sizes / "out" / "32x32" / "original", saved, "--extractor", "pixels")
+    cut = ("--crops", 2, "--crop-size", 16)
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("--sizes", 32, "--size", 32), "--size and --sizes exclude each other"),
+        (("--sizes", 32, "32x32"), "a size is given twice"),
+        (("--sizes", 32, 33), "33x33"),
+        (("--sizes", 32, 64, "--crops", 2, "--crop-size", 40), "pictures of 32x32 are smaller than crops of 40x40"),
+        (("--sizes", 32, 64, *cut, "--real", saved), "saved statistics hold no crops beside whole pictures"),
+        (("--size", 32, "--metrics", "kid", "--real", saved), "saved statistics cannot give kid"),
+        (("--size", 32, "--lpips-weights", tmp_path / "absent"), "absent: no such weights file"),
+    ]
+    for options, message in cases:
+        code, line = run_error(
+            "compare", tiny_pipeline, "--adapter", tiny_adapter, "--prompts", at_sizes / "prompts.txt", "--steps", 1,
+            "--output", tmp_path / "out", *options,
+        )  # fmt: skip
+        assert code == 2 and message in line, line
+        assert not (tmp_path / "out").exists()

@@ -277,7 +277,7 @@ def test_an_interrupted_pass_continues_where_it_stopped(
     calls: list[int] = []
 
     class Stopping:
-        identity, needs_one_size = extractor.identity, extractor.needs_one_size
+        identity, needs_one_size, crops = extractor.identity, extractor.needs_one_size, None
         prepare = staticmethod(extractor.prepare)
         limit = 3
 

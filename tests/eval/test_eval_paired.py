@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from flatten_eval.errors import InputError
+from flatten_eval.metrics import paired
 from flatten_eval.metrics.paired import load_lpips, measure_pairs, psnr, require_torchmetrics, ssim, summarise
 
 from .pieces import draw
@@ -86,3 +87,12 @@ def test_lpips_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert measure is None and reason is not None and "cannot be imported" in reason
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert "--offline" in str(load_lpips(torch.device("cpu"), offline=True)[1])
+
+
+def test_ssim_in_strips_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draw(2, 75, 33)
+    y = noisy(x, 25)
+    whole = ssim(x, y)
+    for strip in (1, 7, 65):
+        monkeypatch.setattr(paired, "_STRIP", strip)
+        assert ssim(x, y) == pytest.approx(whole, rel=1e-12)

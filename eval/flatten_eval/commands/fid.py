@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..metrics.quality import LABELS, evaluate_quality, open_source
+from ..metrics.quality import evaluate_quality, labels, open_source
 from ..processes import join_processes
 from ..versions import environment
 from .options import (
@@ -15,6 +15,8 @@ from .options import (
     add_extractor_arguments,
     add_metric_arguments,
     clip_from,
+    crops_from,
+    cut,
     extractor_from,
     number,
     positive,
@@ -41,9 +43,10 @@ def run(arguments: argparse.Namespace) -> Outcome | None:
     baseline = open_source(arguments.baseline, arguments.max_images) if arguments.baseline is not None else None
     if arguments.captions is not None and not arguments.captions.is_file():
         raise InputError(f"{arguments.captions}: no such captions file")
+    crops = crops_from(arguments)
     processes = join_processes(arguments.device)
-    extractor = extractor_from(arguments, processes.device)
-    clip = clip_from(arguments, extractor, processes.device)
+    whole = extractor_from(arguments, processes.device)
+    extractor, clip = cut(crops, whole, clip_from(arguments, whole, processes.device))
     found = evaluate_quality(real, candidate, baseline, extractor, processes, quality_options(arguments), clip)
     if not processes.is_main:
         return None
@@ -53,11 +56,16 @@ def run(arguments: argparse.Namespace) -> Outcome | None:
 
 def format_quality(result: dict[str, Any]) -> str:
     """The table of a quality result, with N and every warning."""
+    extractor = result["extractor"]
     columns = {"candidate": result} | ({"baseline": result["baseline"]} if result["baseline"] is not None else {})
     rows = [["images", *[number(column["count"]) for column in columns.values()]]]
-    for key, label in (("frechet_distance", f"Fréchet distance ({result['extractor']['name']})"), *LABELS.items()):
+    if "crop_count" in result:
+        rows.append(["crops", *[number(column["crop_count"]) for column in columns.values()]])
+    for key, label in labels(extractor["name"]).items():
         if any(key in column for column in columns.values()):
             rows.append([label, *[number(column.get(key), 6) for column in columns.values()]])
     real = f"real: {result['real']['path']}, {number(result['real']['count'])} images; "
-    lines = [table(["", *columns], rows), "", f"{real}resize: {result['extractor']['resize']}"]
+    lines = [table(["", *columns], rows), "", f"{real}resize: {extractor['resize']}"]
+    if "crops" in extractor:
+        lines[-1] += f"; crops: {extractor['crops']}"
     return "\n".join(lines + [f"warning: {warning}" for warning in result["warnings"]])

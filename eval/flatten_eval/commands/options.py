@@ -13,7 +13,16 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..features import RESIZE_MODES, Extractor, ResizeMode, TransformerExtractor, cache_folder, load_extractor
+from ..features import (
+    RESIZE_MODES,
+    CropRequest,
+    Extractor,
+    ResizeMode,
+    TransformerExtractor,
+    cache_folder,
+    cropped,
+    load_extractor,
+)
 from ..metrics.quality import METRICS, QualityOptions
 from ..pipelines import DTYPES, load_pipeline, read_prompts
 
@@ -63,6 +72,11 @@ def size(text: str) -> tuple[int, int]:
     return sides
 
 
+def crop_count(text: str) -> int | str:
+    """A number of crops, or `grid`, for argparse."""
+    return text if text == "grid" else small(text)
+
+
 def add_extractor_arguments(parser: argparse.ArgumentParser, default: str = "inception") -> None:
     """--extractor and what belongs to it."""
     group = parser.add_argument_group("features")
@@ -85,6 +99,13 @@ def add_extractor_arguments(parser: argparse.ArgumentParser, default: str = "inc
         metavar="PIXELS",
         help="square input size of a custom extractor (default: as is)",
     )
+    group.add_argument(
+        "--crops", type=crop_count, metavar="N|grid", help="of each picture take N random crops, or all that fit side "
+        "by side, at full resolution (FID_c, KID_c; reported as crop_...); default: whole pictures, shrunk",
+    )  # fmt: skip
+    group.add_argument(
+        "--crop-size", "--crop_size", type=small, metavar="PIXELS", help="side of a crop (the extractor's input size)"
+    )
     group.add_argument("--batch-size", type=small, default=32, metavar="N", help="images at once (default 32)")
     group.add_argument("--num-workers", type=small, default=2, metavar="N", help="decoding threads (default 2)")
     group.add_argument("--no-resume", action="store_true", help="keep no unfinished passes and continue none")
@@ -96,6 +117,14 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--metrics", nargs="+", choices=METRICS, default=[], help="further metrics")
     group.add_argument("--captions", type=Path, metavar="PATH", help="JSON lines (file_name, text) for clip-score")
     group.add_argument("--clip-model", metavar="ID", help="CLIP for cmmd and clip-score: local folder or hub id")
+
+
+def add_lpips_argument(group: argparse._ArgumentGroup) -> None:
+    """--lpips-weights."""
+    group.add_argument(
+        "--lpips-weights", type=Path, metavar="PATH", help="for LPIPS without torchvision: its AlexNet (.pth or "
+        ".safetensors), alone or with the linear layers",
+    )  # fmt: skip
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +162,27 @@ def pipeline_from(arguments: argparse.Namespace, device: torch.device) -> Any:
     """The pipeline the options name, on the device."""
     named = {name: getattr(arguments, name, None) for name in ("revision", "variant")}
     return load_pipeline(arguments.pipeline, dtype=arguments.dtype, device=device, offline=arguments.offline, **named)
+
+
+def crops_from(arguments: argparse.Namespace) -> CropRequest | None:
+    """The crops the options name; None for whole pictures."""
+    if arguments.crops is None:
+        if arguments.crop_size is not None:
+            raise InputError("--crop-size needs --crops")
+        return None
+    return CropRequest(None if arguments.crops == "grid" else arguments.crops, arguments.crop_size, arguments.seed)
+
+
+def cut(
+    request: CropRequest | None, extractor: Extractor, clip: TransformerExtractor | None
+) -> tuple[Extractor, TransformerExtractor | None]:
+    """Both extractors of crops where some are asked for, still one where they are one."""
+    if request is None:
+        return extractor, clip
+    if clip is None or clip is not extractor:
+        return cropped(extractor, request), None if clip is None else cropped(clip, request)
+    clip = cropped(clip, request)
+    return clip, clip
 
 
 def extractor_from(arguments: argparse.Namespace, device: torch.device) -> Extractor:

@@ -12,7 +12,7 @@ from ..metrics.quality import check_sources, source_statistics
 from ..metrics.statistics import save_statistics
 from ..processes import join_processes
 from ..versions import environment
-from .options import Outcome, add_extractor_arguments, extractor_from, positive, quality_options
+from .options import Outcome, add_extractor_arguments, crops_from, cut, extractor_from, positive, quality_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,19 +31,24 @@ def run(arguments: argparse.Namespace) -> Outcome | None:
     images = open_images(arguments.images).limited(arguments.max_images)
     # 2048 features in float64, the largest usual file, is 32 MiB.
     require_space(arguments.output.parent, 64 * 2**20)
+    crops = crops_from(arguments)
     processes = join_processes(arguments.device)
-    extractor = extractor_from(arguments, processes.device)
+    extractor, _ = cut(crops, extractor_from(arguments, processes.device), None)
     options = quality_options(arguments)
     check_sources([images], options, extractor)
     statistics = source_statistics(images, extractor, processes, options)
     if not processes.is_main:
         return None
     save_statistics(arguments.output, statistics)
-    text = f"{arguments.output}: {statistics.count} images, {len(statistics.mean)} features"
+    counts = {"count": statistics.count}
+    if statistics.pictures is not None:
+        counts = {"count": statistics.pictures, "crop_count": statistics.count}
+    shown = ", ".join(f"{count} {'crops' if name == 'crop_count' else 'images'}" for name, count in counts.items())
+    text = f"{arguments.output}: {shown}, {len(statistics.mean)} features"
     result = {
         "command": "statistics",
         "path": arguments.output.name,
-        "count": statistics.count,
+        **counts,
         "features": len(statistics.mean),
         "extractor": extractor.identity.as_dict(),
         "environment": environment(processes.device),

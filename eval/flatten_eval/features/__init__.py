@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
-from .base import Extractor, ExtractorIdentity, require_same
+from .base import Extractor, ExtractorIdentity, cropped, require_same
+from .crops import CropRequest, Crops
 from .custom import CustomExtractor
 from .inception import PUBLISHED_SHA256, InceptionExtractor, cache_folder
 from .resize import RESIZE_MODES, ResizeMode
@@ -15,11 +16,14 @@ from .transformer import TransformerExtractor
 
 __all__ = [
     "RESIZE_MODES",
+    "CropRequest",
+    "Crops",
     "Extractor",
     "ExtractorIdentity",
     "ResizeMode",
     "TransformerExtractor",
     "cache_folder",
+    "cropped",
     "is_published_fid",
     "load_extractor",
     "require_same",

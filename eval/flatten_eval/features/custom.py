@@ -16,6 +16,7 @@ from flatten_diffusion.files import sha256_of
 from ..errors import InputError, first_line
 from ..images import Pixels
 from .base import ExtractorIdentity
+from .crops import Crops
 from .resize import ResizeMode, resize
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -34,12 +35,15 @@ class CustomExtractor:
         InputError: nothing by that name, or it cannot be loaded.
     """
 
+    crops: Crops | None = None
+
     def __init__(
         self, source: str, resize: ResizeMode, size: int | None, device: torch.device, name: str | None = None
     ) -> None:
         if size is not None and resize == "none":
             raise InputError("--resize none contradicts --resize-to; drop one of them")
         self.needs_one_size = size is None
+        self.input_size = size
         self._function, digest, own_name = _load(source, device)
         self._mode: ResizeMode = resize
         self._size, self._device, self._source = size, device, source

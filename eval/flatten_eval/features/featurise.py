@@ -47,7 +47,8 @@ class FeatureSet:
 
     Attributes:
         moments: of all images.
-        features: [N, d] in the set's order, or None where only the moments were asked for.
+        features: [N, d] in the set's order (of crops, each picture's one after another), or None where only the
+            moments were asked for.
     """
 
     moments: Moments
@@ -67,7 +68,7 @@ def featurise(
     """Runs the extractor over every image; block b goes to process b mod world, so results do not depend on the split.
 
     Args:
-        batch_size: images per block.
+        batch_size: images per block; of crops, as many of them as one call of the extractor takes.
         workers: decoding threads.
         keep_features: whether the rows themselves are wanted (memory then grows with the number of images).
         resume_folder: where unfinished passes are kept; None keeps nothing.
@@ -75,7 +76,7 @@ def featurise(
     Raises:
         InputError: unreadable images (all of them counted and named), or an extractor that fails.
     """
-    mine = list(blocks(len(images), batch_size))[processes.rank :: processes.world]
+    mine = list(blocks(len(images), _block_size(extractor, batch_size)))[processes.rank :: processes.world]
     checkpoint = None
     if resume_folder is not None:
         checkpoint = _checkpoint_path(resume_folder, images, extractor, processes, batch_size, keep_features)
@@ -89,7 +90,7 @@ def featurise(
     ) as bar:  # fmt: skip
         for batch, broken in _batches(images, extractor, mine[state.done :], workers):
             state.broken += broken
-            features = extractor.extract(batch) if batch is not None else None
+            features = _extract(extractor, batch, batch_size) if batch is not None else None
             if features is not None:
                 state.moments = state.moments or Moments(features.shape[1])
                 state.moments.update(features)
@@ -104,6 +105,17 @@ def featurise(
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _block_size(extractor: Extractor, batch_size: int) -> int:
+    """Images per block. Of crops, as many as fill a batch, or one where its size decides how many crops it has."""
+    if extractor.crops is None:
+        return batch_size
+    return max(1, batch_size // extractor.crops.count) if extractor.crops.count is not None else 1
+
+
+def _extract(extractor: Extractor, batch: torch.Tensor, batch_size: int) -> torch.Tensor:
+    return torch.cat([extractor.extract(part) for part in batch.split(batch_size)])
 
 
 def _images_in(spans: Sequence[Span]) -> int:
@@ -137,7 +149,9 @@ def _batches(
             broken: list[str] = []
             for name in names:
                 try:
-                    tensors.append(extractor.prepare(reader.pixels(name)))
+                    pixels = reader.pixels(name)
+                    pieces = extractor.crops.cut(name, pixels) if extractor.crops is not None else [pixels]
+                    tensors += [extractor.prepare(piece) for piece in pieces]
                 except UnreadableImage as error:
                     broken.append(str(error))
             return tensors, broken

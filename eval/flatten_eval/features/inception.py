@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -19,8 +17,10 @@ from ..errors import InputError
 from ..files import replacing
 from ..images import Pixels
 from .base import ExtractorIdentity
+from .crops import Crops
 from .inception_network import INPUT_SIZE, InceptionV3
 from .resize import ResizeMode, resize
+from .state_dict import read_state_dict, require_tensors
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class InceptionExtractor:
     """
 
     needs_one_size = False
+    input_size: int | None = INPUT_SIZE
+    crops: Crops | None = None
 
     def __init__(
         self,
@@ -119,40 +121,25 @@ def checked_sha256(path: Path, expected: str | None) -> str:
 def load_network(path: Path) -> nn.Module:
     """Loads the network, in evaluation mode, from a state dictionary or a TorchScript file."""
     if path.suffix == ".safetensors":
-        try:
-            state = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: damaged safetensors file ({error}); download it again") from error
-        return _from_state(path, state)
+        return _from_state(path, read_state_dict(path))
     try:
         script: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")
     except Exception:  # not a TorchScript archive
-        return _from_state(path, _load_pth(path))
+        return _from_state(path, read_state_dict(path))
     # The archive resizes inside; its `layers` take the resized, scaled image.
     network: nn.Module = getattr(script, "layers", script)
     return network.eval()
 
 
-def _load_pth(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises many kinds
-        raise InputError(f"{path}: neither TorchScript nor a state dictionary of tensors; download it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path}: holds {type(state).__name__}, not a state dictionary; download it again")
-    return state
-
-
 def _from_state(path: Path, state: dict[str, torch.Tensor]) -> InceptionV3:
     network = InceptionV3()
-    expected = network.state_dict()
+    expected, kind = network.state_dict(), "the FID Inception-v3"
     # Ports older than PyTorch 0.4.1 lack the batch counters; evaluation never reads them.
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    needed = {key: one for key, one in expected.items() if key in state or not key.endswith("num_batches_tracked")}
+    require_tensors(path, state, needed, kind)
     unknown = [key for key in state if key not in expected]
-    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    for kind, keys in (("lacks", missing), ("has unknown", unknown), ("has another shape for", wrong)):
-        if keys:
-            raise InputError(f"{path}: {kind} {keys[0]} ({len(keys)} keys); not the weights of the FID Inception-v3")
+    if unknown:
+        raise InputError(f"{path}: has unknown {unknown[0]} ({len(unknown)} keys); not the weights of {kind}")
     network.load_state_dict(state, strict=False)
     return network.eval()
 

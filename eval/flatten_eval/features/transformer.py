@@ -1,4 +1,4 @@
-"""DINOv2 and CLIP image features, and CLIP text features, through transformers; a local folder or a hub id."""
+"""DINO, DINOv2 and CLIP image features, and CLIP text features, through transformers; a local folder or a hub id."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ from flatten_diffusion.files import sha256_of
 from ..errors import InputError, first_line
 from ..images import Pixels
 from .base import ExtractorIdentity
+from .crops import Crops
 from .resize import ResizeMode, resize
 
 DINOV2_MODEL = "facebook/dinov2-large"
 CLIP_MODEL = "openai/clip-vit-large-patch14-336"
+Kind = Literal["dinov2", "clip", "dino"]
+_MODEL_TYPES = {"dinov2": ("dinov2",), "clip": ("clip",), "dino": ("dinov2", "vit")}
+# Published FD-DINOv2 runs the network at 224, not at the 518 of its position table.
+_DINOV2_SIZE = 224
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 class TransformerExtractor:
     """DINOv2 class-token features (Stein et al., "Exposing flaws of generative model evaluation metrics", NeurIPS
-    2023) or CLIP image embeddings of unit length (Jayasumana et al., "Rethinking FID", CVPR 2024).
+    2023), the same of DINO's ViT, or CLIP image embeddings of unit length (Jayasumana et al., "Rethinking FID", CVPR
+    2024).
 
     Args:
-        kind: which of the two.
+        kind: `dinov2`, `clip`, or `dino` for whichever of DINO (a ViTModel) and DINOv2 the model is.
         model: local folder or hub id; None for ViT-L/14 (DINOv2) or ViT-L/14-336 (CLIP).
         resize: resizer to the network's square input; the whole image is kept, no crop.
 
@@ -37,10 +43,11 @@ class TransformerExtractor:
     """
 
     needs_one_size = False
+    crops: Crops | None = None
 
     def __init__(
         self,
-        kind: Literal["dinov2", "clip"],
+        kind: Kind,
         model: str | None,
         resize: ResizeMode,
         device: torch.device,
@@ -49,18 +56,20 @@ class TransformerExtractor:
         if resize == "none":
             raise InputError(f"--resize none: the {kind} extractor needs its own square input; choose clean or legacy")
         self.kind = kind
-        source = model or (DINOV2_MODEL if kind == "dinov2" else CLIP_MODEL)
+        source = model or (CLIP_MODEL if kind == "clip" else DINOV2_MODEL)
         folder = local_folder(source, offline)
         self._network, self._size = _load(kind, folder, source)
+        self.input_size: int | None = self._size
         self._network.to(device)
         self._device = device
         self._mode: ResizeMode = resize
         self._folder = folder
-        mean, deviation = _IMAGENET if kind == "dinov2" else _CLIP
+        mean, deviation = _CLIP if kind == "clip" else _IMAGENET
         self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
         self._deviation = torch.tensor(deviation, device=device).view(1, 3, 1, 1)
-        variant = "class-token" if kind == "dinov2" else "embedding-unit-length"
-        self.identity = ExtractorIdentity(kind, _digest(folder), f"{resize}-{self._size}", variant)
+        variant = "embedding-unit-length" if kind == "clip" else "class-token"
+        name = self._network.config.model_type
+        self.identity = ExtractorIdentity(name, _digest(folder), f"{resize}-{self._size}", variant)
 
     def prepare(self, pixels: Pixels) -> torch.Tensor:
         return resize(pixels, self._size, self._size, self._mode)
@@ -68,11 +77,11 @@ class TransformerExtractor:
     @torch.inference_mode()
     def extract(self, batch: torch.Tensor) -> torch.Tensor:
         images = (batch.to(self._device) / 255 - self._mean) / self._deviation
-        if self.kind == "dinov2":
-            features = self._network(pixel_values=images).last_hidden_state[:, 0]
-        else:
+        if self.kind == "clip":
             hidden = self._network.vision_model(pixel_values=images).pooler_output
             features = F.normalize(self._network.visual_projection(hidden), dim=-1)
+        else:
+            features = self._network(pixel_values=images).last_hidden_state[:, 0]
         result: torch.Tensor = features.float().cpu()
         return result
 
@@ -122,19 +131,22 @@ def local_folder(source: str, offline: bool) -> Path:
 
 
 def _load(kind: str, folder: Path, source: str) -> tuple[Any, int]:
-    from transformers import AutoConfig, CLIPModel, Dinov2Model
+    from transformers import AutoConfig, CLIPModel, Dinov2Model, ViTModel
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if config.model_type != kind:
-            raise InputError(f"{source}: a {config.model_type} model, the {kind} extractor needs a {kind} model")
+        if config.model_type not in _MODEL_TYPES[kind]:
+            needed = " or ".join(_MODEL_TYPES[kind])
+            raise InputError(f"{source}: a {config.model_type} model, the {kind} extractor needs a {needed} model")
+        local: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
         network: Any
-        if kind == "dinov2":
-            network = Dinov2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-            # Published FD-DINOv2 runs the network at 224, not at the 518 of its position table.
-            return network.eval(), 224
-        network = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        return network.eval(), int(config.vision_config.image_size)
+        if config.model_type == "dinov2":
+            network, size = Dinov2Model.from_pretrained(folder, **local), _DINOV2_SIZE
+        elif config.model_type == "vit":
+            network, size = ViTModel.from_pretrained(folder, add_pooling_layer=False, **local), config.image_size
+        else:
+            network, size = CLIPModel.from_pretrained(folder, **local), config.vision_config.image_size
+        return network.eval(), int(size)
     except InputError:
         raise
     except Exception as error:  # a damaged folder raises many kinds

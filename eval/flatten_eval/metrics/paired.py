@@ -1,9 +1,9 @@
-"""Images of the same prompt and seed, compared pixel by pixel: PSNR, SSIM, and LPIPS where it is installed."""
+"""Images of the same prompt and seed, compared pixel by pixel: PSNR, SSIM, and LPIPS where it is to be had."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,9 +14,12 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import InputError
-from ..images import ImageReader, Pixels, UnreadableImage, open_images
+from ..images import ImageReader, ImageSet, Pixels, UnreadableImage, open_images
+from .perceptual import LpipsMeasure
 
-_SSIM_WINDOW = 11
+SSIM_WINDOW = 11
+# Rows of windows at once: a picture of 4096 x 4096 in one piece would take gigabytes.
+_STRIP = 256
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ def require_torchmetrics() -> None:
 
 
 def psnr(first: Pixels, second: Pixels) -> float:
-    """Peak signal-to-noise ratio in decibels of two uint8 images [H, W, 3], in float64; infinite when equal."""
-    error = float(np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2))
+    """Peak signal-to-noise ratio in decibels of two uint8 images [H, W, 3], exactly summed; infinite when equal."""
+    difference = np.subtract(first, second, dtype=np.int32)
+    error = int(np.sum(np.square(difference), dtype=np.int64)) / difference.size
     return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
 
 
@@ -52,22 +56,36 @@ def ssim(first: Pixels, second: Pixels) -> float:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    if min(first.shape[:2]) < _SSIM_WINDOW:
+    if min(first.shape[:2]) < SSIM_WINDOW:
         shown = f"{first.shape[1]}x{first.shape[0]}"
-        raise InputError(f"SSIM needs images of at least {_SSIM_WINDOW}x{_SSIM_WINDOW}, got {shown}")
-    _, windows = structural_similarity_index_measure(
-        _batch(first), _batch(second), data_range=255.0, return_full_image=True
-    )
-    inside = slice(_SSIM_WINDOW // 2, -(_SSIM_WINDOW // 2))
-    return float(windows[..., inside, inside].mean())
+        raise InputError(f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW}, got {shown}")
+    inside = slice(SSIM_WINDOW // 2, -(SSIM_WINDOW // 2))
+    total, count = 0.0, 0
+    for top in range(0, len(first) - SSIM_WINDOW + 1, _STRIP):
+        rows = slice(top, top + _STRIP + SSIM_WINDOW - 1)
+        _, windows = structural_similarity_index_measure(
+            _batch(first[rows]), _batch(second[rows]), data_range=255.0, return_full_image=True
+        )
+        values = windows[..., inside, inside]
+        total, count = total + float(values.sum()), count + values.numel()
+    return total / count
 
 
 def _batch(pixels: Pixels) -> torch.Tensor:
     return torch.from_numpy(pixels.astype(np.float64)).permute(2, 0, 1)[None]
 
 
-def load_lpips(device: torch.device, offline: bool) -> tuple[Callable[[Pixels, Pixels], float] | None, str | None]:
-    """LPIPS (Zhang et al., CVPR 2018, AlexNet) from the package `lpips`, or the reason why it is not available."""
+def load_lpips(
+    device: torch.device, offline: bool, weights: Path | None = None
+) -> tuple[Callable[[Pixels, Pixels], float] | None, str | None]:
+    """LPIPS (Zhang et al., CVPR 2018, AlexNet) from a file of weights or the package `lpips`, or the reason why it is
+    not available.
+
+    Raises:
+        InputError: the file of weights is none.
+    """
+    if weights is not None:
+        return LpipsMeasure(weights, device), None
     if offline and not any((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-*.pth")):
         return None, "its AlexNet weights are not in the torch hub cache and --offline is set"
     try:
@@ -100,18 +118,30 @@ def measure_pairs(
     if only:
         lonely = f"{len(only)} images have no partner of the same name (first: {only[0]})"
         raise InputError(f"{original} and {candidate}: {lonely}")
-    pairs: list[Pair] = []
+    return [
+        Pair(name, psnr(x, y), ssim(x, y), lpips(x, y) if lpips is not None else None)
+        for name, x, y in read_pairs(first, second)
+    ]
+
+
+def read_pairs(first: ImageSet, second: ImageSet) -> Iterator[tuple[str, Pixels, Pixels]]:
+    """Yields the name and the two pictures, uint8 [H, W, 3], of every pair of two sets of the same names.
+
+    Raises:
+        InputError: unreadable, or of two sizes.
+    """
     with ImageReader(first) as first_reader, ImageReader(second) as second_reader:
         for name in tqdm(first.names, unit="pair", desc="pairs", disable=None):
             try:
                 x, y = first_reader.pixels(name), second_reader.pixels(name)
             except UnreadableImage as error:
-                raise InputError(f"{original} or {candidate}: {name} cannot be read; repair or remove it") from error
+                raise InputError(
+                    f"{first.path} or {second.path}: {name} cannot be read; repair or remove it"
+                ) from error
             if x.shape != y.shape:
-                sides = f"{x.shape[1]}x{x.shape[0]} in {original} but {y.shape[1]}x{y.shape[0]} in {candidate}"
+                sides = f"{x.shape[1]}x{x.shape[0]} in {first.path} but {y.shape[1]}x{y.shape[0]} in {second.path}"
                 raise InputError(f"{name}: {sides}; paired metrics need equal sizes")
-            pairs.append(Pair(name, psnr(x, y), ssim(x, y), lpips(x, y) if lpips is not None else None))
-    return pairs
+            yield name, x, y
 
 
 def summarise(pairs: list[Pair], lpips_missing: str | None) -> dict[str, Any]:

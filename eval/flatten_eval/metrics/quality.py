@@ -1,4 +1,4 @@
-"""Distances of one or two sets of images to the real one: what `flatten-eval fid` computes."""
+"""Distances of one or two sets of images, or of crops of them, to the real one: what `flatten-eval fid` computes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..errors import InputError
-from ..features import Extractor, TransformerExtractor, is_published_fid, require_same
+from ..errors import InputError, RefusedComparison
+from ..features import Crops, Extractor, TransformerExtractor, is_published_fid, require_same
 from ..features.featurise import featurise
 from ..files import shown_name
-from ..images import ImageSet, check_headers, load_captions, open_images, require_one_size
+from ..images import ImageReader, ImageSet, check_headers, load_captions, open_images, require_one_size
 from ..processes import Processes
 from .frechet import frechet_distance, frechet_infinity
 from .kernel import cmmd, kernel_distance
@@ -24,7 +24,9 @@ METRICS = ("kid", "prdc", "cmmd", "clip-score", "fid-infinity")
 # These need every feature row, so saved statistics cannot give them.
 _NEED_ROWS = ("kid", "prdc", "fid-infinity")
 Source: TypeAlias = ImageSet | Statistics
-LABELS = {
+CROP = "crop_"
+"""Begins the name of every number that was taken of crops."""
+_LABELS = {
     "fid": "FID",
     "frechet_infinity": "Fréchet distance, N to infinity",
     "kid": "KID",
@@ -36,7 +38,17 @@ LABELS = {
     "coverage": "coverage",
     "clip_score": "CLIP score",
 }
-"""What tables call the numbers beside the Fréchet distance, in their order."""
+
+
+def labels(extractor: str, of: str = "") -> dict[str, str]:
+    """What tables call each number, in their order: those of whole pictures, then those of crops.
+
+    Args:
+        extractor: name of that of the Fréchet distance.
+        of: said after its name.
+    """
+    named = {"frechet_distance": f"Fréchet distance ({extractor}){of}"} | _LABELS
+    return named | {CROP + key: f"{label}, crops" for key, label in named.items()}
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,14 @@ class QualityOptions:
 
 
 @dataclass
-class _Evaluated:
-    """One set after its passes."""
+class Evaluated:
+    """One set after its passes.
+
+    Attributes:
+        statistics: of the extractor's features.
+        rows: those features, [N, d], where a metric needs them.
+        clip_rows: CLIP's, [N, d], where a metric needs them.
+    """
 
     source: Source
     statistics: Statistics
@@ -77,12 +95,18 @@ def open_source(path: Path, max_images: int | None = None) -> Source:
     return open_images(path).limited(max_images)
 
 
-def check_sources(sources: Sequence[Source], options: QualityOptions, extractor: Extractor | None) -> None:
+def check_sources(
+    sources: Sequence[Source],
+    options: QualityOptions,
+    extractor: Extractor | None,
+    clip: TransformerExtractor | None = None,
+) -> None:
     """Everything that can be known to be wrong before the first image is decoded.
 
     Raises:
-        InputError: statistics where images are needed, unreadable headers, mixed sizes, missing captions.
-        RefusedComparison: statistics of another extractor, weights or resize.
+        InputError: statistics where images are needed, unreadable headers, mixed sizes, images smaller than their
+            crops, missing captions.
+        RefusedComparison: statistics of another extractor, weights, resize or crops.
     """
     for source in sources:
         if isinstance(source, Statistics):
@@ -91,16 +115,24 @@ def check_sources(sources: Sequence[Source], options: QualityOptions, extractor:
                     raise InputError(f"{source.source}: saved statistics cannot give {metric}; give the images")
             if source.identity is not None and extractor is not None:
                 require_same(source.identity, source.source, extractor.identity, "this run")
+            elif extractor is not None and extractor.crops is not None:
+                raise RefusedComparison(
+                    f"{source.source}: does not say that it was made of crops, this run takes them; make it with "
+                    "flatten-eval statistics --crops"
+                )
             continue
         sizes = check_headers(source)
         if extractor is not None and extractor.needs_one_size:
             require_one_size(source, sizes, "give --resize-to SIZE")
+        for one in (extractor, clip):
+            if one is not None and one.crops is not None:
+                one.crops.require_fit(source.path, sizes)
         if "clip-score" in options.metrics and source is not sources[0]:
             load_captions(source, options.captions)
 
 
 def evaluate_quality(
-    real: Source,
+    real: Source | Evaluated,
     candidate: Source,
     baseline: Source | None,
     extractor: Extractor,
@@ -111,61 +143,75 @@ def evaluate_quality(
     """The Fréchet distance and the asked-for metrics of the candidate (and the baseline) to the real images.
 
     Args:
-        clip: the CLIP extractor for CMMD and CLIP score.
+        real: the reference, or what `evaluate_source` made of it.
+        clip: the CLIP extractor for CMMD and CLIP score, of crops where `extractor` is.
 
     Returns:
         JSON-ready: the candidate's numbers, `baseline` with the same keys (or None), `real`, `extractor`, `warnings`.
+        What was taken of crops begins with CROP; `clip` then says what CLIP saw.
 
     Raises:
         InputError, RefusedComparison: see `check_sources`, `featurise` and the metrics.
     """
-    sources = [real, candidate] + ([baseline] if baseline is not None else [])
-    check_sources(sources, options, extractor)
-    evaluated = [_evaluate(source, extractor, processes, options, clip) for source in sources]
+    others = [candidate] + ([baseline] if baseline is not None else [])
+    check_sources([real.source if isinstance(real, Evaluated) else real, *others], options, extractor, clip)
+    evaluated = [
+        source if isinstance(source, Evaluated) else evaluate_source(source, extractor, processes, options, clip)
+        for source in (real, *others)
+    ]
     results = [_compare(evaluated[0], other, extractor, options, clip) for other in evaluated[1:]]
-    return results[0] | {
-        "extractor": dict(extractor.identity.as_dict()),
-        "real": _describe(evaluated[0]),
-        "baseline": results[1] if baseline is not None else None,
-        "warnings": _warnings(evaluated, extractor),
-    }
+    crops = {"clip": clip.identity.as_dict()} if clip is not None and clip.crops is not None else {}
+    return (
+        results[0]
+        | crops
+        | {
+            "extractor": dict(extractor.identity.as_dict()),
+            "real": _describe(evaluated[0]),
+            "baseline": results[1] if baseline is not None else None,
+            "warnings": _warnings(evaluated, extractor),
+        }
+    )
 
 
 def source_statistics(
     source: Source, extractor: Extractor, processes: Processes, options: QualityOptions
 ) -> Statistics:
     """Statistics of a set: computed from images, or as loaded."""
-    return _evaluate(source, extractor, processes, options, None).statistics
+    return evaluate_source(source, extractor, processes, options, None).statistics
 
 
-def _evaluate(
+def evaluate_source(
     source: Source,
     extractor: Extractor,
     processes: Processes,
     options: QualityOptions,
     clip: TransformerExtractor | None,
-) -> _Evaluated:
+) -> Evaluated:
+    """The passes over one set; see `evaluate_quality`."""
     if isinstance(source, Statistics):
-        return _Evaluated(source, source)
+        return Evaluated(source, source)
     how: dict[str, Any] = {name: getattr(options, name) for name in ("batch_size", "workers", "resume_folder")}
     keep = any(metric in _NEED_ROWS for metric in options.metrics) or clip is extractor
     features = featurise(source, extractor, processes, keep_features=keep, **how)
     moments = features.moments
-    statistics = Statistics(moments.mean(), moments.covariance(), moments.count, extractor.identity, str(source.path))
+    pictures = None if extractor.crops is None else len(source)
+    statistics = Statistics(
+        moments.mean(), moments.covariance(), moments.count, extractor.identity, str(source.path), pictures
+    )
     own = features
     if clip is not None and clip is not extractor:
         own = featurise(source, clip, processes, keep_features=True, **how)
-    return _Evaluated(source, statistics, features.features, own.features if clip is not None else None)
+    return Evaluated(source, statistics, features.features, own.features if clip is not None else None)
 
 
 def _compare(
-    real: _Evaluated,
-    other: _Evaluated,
+    real: Evaluated,
+    other: Evaluated,
     extractor: Extractor,
     options: QualityOptions,
     clip: TransformerExtractor | None,
 ) -> dict[str, Any]:
-    result = _describe(other)
+    result: dict[str, Any] = {}
     distance = frechet_distance(
         real.statistics.mean, real.statistics.covariance, other.statistics.mean, other.statistics.covariance
     )
@@ -188,18 +234,32 @@ def _compare(
         # 100 * max(cos, 0) over images and their captions (Hessel et al., EMNLP 2021, without its factor 2.5).
         assert isinstance(other.source, ImageSet)  # only these have rows
         text = clip.extract_text(load_captions(other.source, options.captions))
+        if clip.crops is not None:
+            text = text.repeat_interleave(torch.tensor(crop_numbers(other.source, clip.crops)), dim=0)
         result["clip_score"] = float(100 * (other.clip_rows.double() * text.double()).sum(1).clamp(min=0).mean())
-    return result
+    return _describe(other) | {(CROP if extractor.crops is not None else "") + key: one for key, one in result.items()}
 
 
-def _describe(evaluated: _Evaluated) -> dict[str, Any]:
-    source = evaluated.source
-    path = source.source if isinstance(source, Statistics) else source.path
-    return {"path": shown_name(path), "count": evaluated.statistics.count}
+def crop_numbers(images: ImageSet, crops: Crops) -> list[int]:
+    """How many crops each image of a set gives, in its order."""
+    if crops.count is not None:
+        return [crops.count] * len(images)
+    with ImageReader(images) as reader:
+        sizes = [reader.size(name) for name in images.names]
+    return [crops.number(height, width) for width, height in sizes]
 
 
-def _warnings(evaluated: list[_Evaluated], extractor: Extractor) -> list[str]:
+def _describe(evaluated: Evaluated) -> dict[str, Any]:
+    source, statistics = evaluated.source, evaluated.statistics
+    path = shown_name(source.source if isinstance(source, Statistics) else source.path)
+    if statistics.pictures is None:
+        return {"path": path, "count": statistics.count}
+    return {"path": path, "count": statistics.pictures, "crop_count": statistics.count}
+
+
+def _warnings(evaluated: list[Evaluated], extractor: Extractor) -> list[str]:
     warnings: list[str] = []
+    kind = "image" if extractor.crops is None else "crop"
     counts = {item.statistics.count for item in evaluated if item.statistics.count is not None}
     for item in evaluated:
         name = _describe(item)["path"]
@@ -212,12 +272,12 @@ def _warnings(evaluated: list[_Evaluated], extractor: Extractor) -> list[str]:
             )
         if count is not None and count <= dim:
             warnings.append(
-                f"{name}: {count} images for {dim} features: the covariance has not full rank and the Fréchet "
+                f"{name}: {count} {kind}s for {dim} features: the covariance has not full rank and the Fréchet "
                 "distance is biased; compare only equal counts"
             )
     if len(counts) > 1:
         shown = ", ".join(str(count) for count in sorted(counts))
-        warnings.append(f"image counts differ ({shown}): the Fréchet distance depends on them; use equal counts")
+        warnings.append(f"{kind} counts differ ({shown}): the Fréchet distance depends on them; use equal counts")
     for item in evaluated[1:]:
         if isinstance(item.source, ImageSet):
             lossy = sum(name.lower().endswith((".jpg", ".jpeg")) for name in item.source.names)

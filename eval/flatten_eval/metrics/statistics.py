@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from ..errors import InputError, first_line
 from ..features.base import ExtractorIdentity
 from ..files import replacing
 
-FORMAT = 1
+FORMAT = 2
+"""Of files of crops, which an older version would take for whole pictures; files of those are still of format 1."""
 # Of the largest eigenvalue: what rounding to float32 leaves of symmetry and of zero eigenvalues is far below.
 _TOLERANCE = 1e-5
 
@@ -102,9 +104,10 @@ class Statistics:
     Attributes:
         mean: [d], float64.
         covariance: [d, d], float64.
-        count: number of images; None for a foreign file that does not say.
+        count: number of images, or of crops; None for a foreign file that does not say.
         identity: the extractor; None for a foreign file.
         source: path it came from, for messages.
+        pictures: number of images that crops were cut from; None for whole pictures.
     """
 
     mean: torch.Tensor
@@ -112,11 +115,14 @@ class Statistics:
     count: int | None
     identity: ExtractorIdentity | None
     source: str
+    pictures: int | None = None
 
 
 def save_statistics(path: Path, statistics: Statistics) -> None:
-    """Writes an .npz with `mu` and `sigma` as pytorch-fid does, plus count, extractor, weights' sha256 and resize."""
+    """Writes an .npz with `mu` and `sigma` as pytorch-fid does, plus count, extractor, weights' sha256, resize and
+    crops."""
     identity = statistics.identity
+    pictures: dict[str, Any] = {} if statistics.pictures is None else {"pictures": np.array(statistics.pictures)}
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
@@ -124,7 +130,8 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
             sigma=statistics.covariance.numpy(),
             count=np.array(-1 if statistics.count is None else statistics.count),
             extractor=np.array(json.dumps(identity.as_dict() if identity is not None else None)),
-            format=np.array(FORMAT),
+            format=np.array(FORMAT if identity is not None and identity.crops else 1),
+            **pictures,
         )
 
 
@@ -143,6 +150,7 @@ def load_statistics(path: Path) -> Statistics:
                 raise InputError(f"{path}: written by a newer version (format {version}); update this package")
             mean, covariance = (torch.from_numpy(archive[name].astype(np.float64)) for name in ("mu", "sigma"))
             count = int(archive["count"]) if "count" in archive else -1
+            pictures = int(archive["pictures"]) if "pictures" in archive else None
             text = str(archive["extractor"]) if "extractor" in archive else "null"
         described = parse_json(text, "extractor")
         identity = None if described is None else ExtractorIdentity.from_dict(described)
@@ -157,4 +165,4 @@ def load_statistics(path: Path) -> Statistics:
     values, largest = torch.linalg.eigvalsh(covariance), float(covariance.abs().max())
     if float((covariance - covariance.T).abs().max()) > _TOLERANCE * largest or values[0] < -_TOLERANCE * values[-1]:
         raise InputError(f"{path}: sigma is no covariance (not symmetric, or of negative variance); compute it again")
-    return Statistics(mean, covariance, count if count >= 0 else None, identity, str(path))
+    return Statistics(mean, covariance, count if count >= 0 else None, identity, str(path), pictures)
