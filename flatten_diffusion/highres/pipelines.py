@@ -147,7 +147,8 @@ def multiple_of(pipeline: Any) -> int:
     if hasattr(pipeline, "_pack_latents"):  # Flux and its kin fold 2 x 2 latents into a token
         return 2 * factor
     (model, *_) = denoisers(pipeline).values()
-    patch = getattr(getattr(model, "config", None), "patch_size", None)
+    config = getattr(model, "config", None)
+    patch = getattr(config, "patch_size", None) or max(getattr(config, "all_patch_size", None) or (1,))
     return factor * patch if isinstance(patch, int) else factor
 
 

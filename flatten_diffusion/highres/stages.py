@@ -208,8 +208,11 @@ def _draw_stage(
             raise RuntimeError(f"{shown} is not finite in {last.dtype} after step {steps}: use bfloat16 or float32.")
         return {}
 
-    with switched_on(pipeline, settings, size, native):
-        output = drawer(**arguments, callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["latents"])
+    try:
+        with switched_on(pipeline, settings, size, native):
+            output = drawer(**arguments, callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["latents"])
+    finally:
+        pipeline.maybe_free_model_hooks()  # what enable_model_cpu_offload loaded: the drawer knows of no hooks
     assert last is not None, "the door saw to at least one step"
     if any(getattr(output, "nsfw_content_detected", None) or ()):
         raise RuntimeError(f"{shown} was blacked out by the pipeline's safety checker.")
