@@ -8,6 +8,7 @@ from .grid import EndHook, GridHook, GuardHook, remove_hooks
 from .layer import LAYER, MIXER, ConvertedLayer, Recorder, TokenLayout, native_processor
 from .processor import AdapterAttnProcessor, FocusedLinearAttnProcessor
 from .projections import Projection, find_projection, heads_of, inner_dim_of
+from .proportional import proportional_attention
 from .wrapped import WrappedProcessor, wrap
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "inner_dim_of",
     "known_ratio",
     "native_processor",
+    "proportional_attention",
     "remove_hooks",
     "softmax_below_on",
     "split_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ def heads_first_product(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """In place of `F.scaled_dot_product_attention`: [B, H, N, D] all over, after the attention module."""
+    scale = _grown(attn, query, key.shape[-2], scale)
     options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     if enable_gqa:
         options["enable_gqa"] = True
@@ -70,6 +72,7 @@ def tokens_first_product(
     if parallel_config is not None:
         name = getattr(_module(attn), LAYER).name
         raise RuntimeError(f"{name}: context parallelism splits the tokens between devices: call restore() first.")
+    scale = _grown(attn, query, key.shape[1], scale)
     options: dict[str, Any] = {
         "dropout_p": dropout_p,
         "is_causal": is_causal,
@@ -180,6 +183,20 @@ def mix(
         recorder.mixed(JoinInputs(query, key, value, context, others))
     output: torch.Tensor = mixer(query, key, value, context, others)
     return output
+
+
+def score_factor(keys: int, token_ratio: float) -> float:
+    """sqrt(log N / log(N / r)) of N keys that stand for N / r in training; see `proportional`."""
+    return math.sqrt(math.log(max(keys, 2)) / math.log(max(keys / token_ratio, 2)))
+
+
+def _grown(seen: Any, query: torch.Tensor, keys: int, scale: float | None) -> float | None:
+    """The scale of a call's scores, grown where the pass has proportional scores."""
+    state = getattr(_module(seen), LAYER).state
+    apart = state.reading is not None and state.reading.keys not in (None, keys)  # text alone: as many as in training
+    if state.token_ratio == 1.0 or apart:
+        return scale
+    return score_factor(keys, state.token_ratio) * (query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def skips_scores(attn: Any) -> bool:

@@ -76,6 +76,7 @@ class PassState:
         disabled: how many `disabled()` blocks surround the pass.
         recorder: of a capture.
         last_key_count: [B], how many equal tokens the last key of the sequence stands for; None where it is one.
+        token_ratio: how many times the tokens of training the image has, for proportional scores; 1 leaves them.
     """
 
     def __init__(self) -> None:
@@ -83,11 +84,13 @@ class PassState:
         self.disabled = 0
         self.recorder: Recorder | None = None
         self.last_key_count: torch.Tensor | None = None
+        self.token_ratio = 1.0
 
     @property
     def idle(self) -> bool:
         """Whether it holds nothing."""
-        return self.reading is None and not self.disabled and self.recorder is None and self.last_key_count is None
+        nothing = self.reading is None and self.recorder is None and self.last_key_count is None
+        return nothing and not self.disabled and self.token_ratio == 1.0
 
 
 class Snapshot(NamedTuple):
@@ -96,6 +99,7 @@ class Snapshot(NamedTuple):
     reading: TokenLayout | None
     disabled: int
     last_key_count: torch.Tensor | None
+    token_ratio: float
 
 
 class ConvertedLayer:
@@ -169,15 +173,21 @@ class ConvertedLayer:
             state.last_key_count = counts
         self._forget_idle()
 
+    def scale_scores(self, token_ratio: float) -> None:
+        """Scale the scores of this thread's passes as `score_factor` says of `token_ratio`; 1 ends it."""
+        for state in self._own():
+            state.token_ratio = token_ratio
+        self._forget_idle()
+
     def snapshot(self) -> Snapshot:
         """The state of this thread's pass."""
         state = self.state
-        return Snapshot(state.reading, state.disabled, state.last_key_count)
+        return Snapshot(state.reading, state.disabled, state.last_key_count, state.token_ratio)
 
     def replay(self, snapshot: Snapshot) -> None:
         """Put this thread where it was at the snapshot."""
         for state in self._own():
-            state.reading, state.disabled, state.last_key_count = snapshot
+            state.reading, state.disabled, state.last_key_count, state.token_ratio = snapshot
         self._forget_idle()
 
     def _own(self) -> tuple[PassState, ...]:
@@ -221,7 +231,9 @@ class ConvertedLayer:
         Raises RuntimeError where it would have to, with the adapter merged into its weights.
         """
         state = self.state
-        if state.last_key_count is not None or (state.disabled and state.recorder is not None):
+        if state.last_key_count is not None or state.token_ratio != 1.0:
+            return True
+        if state.disabled and state.recorder is not None:
             return True
         return self.stays_softmax(hidden_states.shape[1]) is None
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from ..mixers import FocusedLinearConfig, LayerShape
 from ..ops import BACKENDS, focused_linear_attention
-from .attention import mix, skips_scores, unsupported
+from .attention import mix, score_factor, skips_scores, unsupported
 from .autotune import AUTO, Kind, softmax_below
 from .layer import LAYER, MIXER, ConvertedLayer, native_processor
+from .proportional import proportional
 
 
 class FocusedLinearAttnProcessor:
@@ -97,6 +98,8 @@ class FocusedLinearAttnProcessor:
         if not _is_self_attention(attn, hidden_states, encoder_hidden_states, attention_mask) or self._stays_softmax(
             attn, layer, hidden_states
         ):
+            if layer is not None and layer.state.token_ratio != 1.0:
+                native = proportional(native, layer.state.token_ratio)
             if attn.added_kv_proj_dim is not None:  # has no `temb`
                 return native(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
             return native(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
@@ -148,10 +151,13 @@ class FocusedLinearAttnProcessor:
             )
         else:
             grid = None if image_shape is None else (image_shape[2], image_shape[3])
+            ratio, scale = layer.state.token_ratio, attn.scale
+            if ratio != 1.0:
+                scale = scale * score_factor(key.shape[1], ratio)
             mixed = (
                 value
                 if skips_scores(attn)
-                else mix(layer, getattr(attn, MIXER), query, key, value, grid, None, attn.scale, hidden_states)
+                else mix(layer, getattr(attn, MIXER), query, key, value, grid, None, scale, hidden_states)
             )
         # `upcast_attention` asks for float32 inside the product: every mixer accumulates in float32.
         mixed = mixed.flatten(2).to(query.dtype)

@@ -91,7 +91,9 @@ def wrap(native: Any) -> WrappedProcessor:
 
 
 def _make_class(native_class: type) -> type[WrappedProcessor]:
-    with_product = _HAND_WRITTEN.get(native_class.__name__) or _recompiled(native_class)
+    with_product = _HAND_WRITTEN.get(native_class.__name__) or recompiled(
+        native_class, heads_first_product, tokens_first_product
+    )
 
     def __call__(self: WrappedProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
         layer: ConvertedLayer | None = getattr(attn, LAYER, None)
@@ -137,8 +139,19 @@ class _LeadToProduct(ast.NodeTransformer):
         return node
 
 
-def _recompiled(native_class: type) -> Callable[..., Any]:
-    """`native_class.__call__` with its product exchanged; an unbound function of the same arguments."""
+def recompiled(
+    native_class: type, heads_first: Callable[..., Any], tokens_first: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`native_class.__call__` with its product exchanged; an unbound function of the same arguments.
+
+    Args:
+        native_class: of the processor.
+        heads_first: in place of `F.scaled_dot_product_attention`, with the attention module before its arguments.
+        tokens_first: in place of `dispatch_attention_fn`, likewise.
+
+    Raises:
+        ValueError: the class's `__call__` has no readable source, or calls neither of the two products.
+    """
     function: Any = native_class.__call__
     name = native_class.__name__
     try:
@@ -167,5 +180,5 @@ def _recompiled(native_class: type) -> Callable[..., Any]:
     module = ast.increment_lineno(ast.fix_missing_locations(ast.Module([outer], [])), first_line - 1)
     namespace: dict[str, Any] = {}
     exec(compile(module, filename, "exec"), function.__globals__, namespace)
-    made: Callable[..., Any] = namespace["make"](heads_first_product, tokens_first_product)
+    made: Callable[..., Any] = namespace["make"](heads_first, tokens_first)
     return made
