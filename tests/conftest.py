@@ -18,6 +18,7 @@ SLOW = (
     "test_parallel.py",
     "test_train_scenes.py",
     "test_quickstart.py",
+    "examples/test_highres.py",
     "test_script.py",
     "test_trains_a_model",
     "test_two_runs_in_one_folder",

@@ -110,6 +110,8 @@ def generate_stages(
         raise TypeError(f"settings is {type(settings).__name__}: pass HighRes(sizes=...) or HighRes(target=...).")
     if not isinstance(prompt, str):
         raise TypeError(f"prompt is {type(prompt).__name__}: pass one text; large pictures are drawn one at a time.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed is {seed!r:.60}: pass a whole number.")
     request = Request(prompt, negative_prompt, guidance_scale, seed)
     sizes = check_pipeline(pipeline, settings)
     accepted = call_parameters(pipeline)

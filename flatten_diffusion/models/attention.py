@@ -193,9 +193,10 @@ def score_factor(keys: int, token_ratio: float) -> float:
 def _grown(seen: Any, query: torch.Tensor, keys: int, scale: float | None) -> float | None:
     """The scale of a call's scores, grown where the pass has proportional scores."""
     state = getattr(_module(seen), LAYER).state
-    apart = state.reading is not None and state.reading.keys not in (None, keys)  # text alone: as many as in training
-    if state.token_ratio == 1.0 or apart:
+    if state.token_ratio == 1.0:
         return scale
+    if state.reading is not None and state.reading.keys not in (None, keys):
+        return scale  # text alone: as many tokens as in training
     return score_factor(keys, state.token_ratio) * (query.shape[-1] ** -0.5 if scale is None else scale)
 
 

@@ -35,8 +35,8 @@ def proportional_attention(model: nn.Module, token_ratio: float) -> Iterator[Non
     Softmax layers run a processor of their own for as long; converted layers hand the factor to their mixer, in the
     scale of its scores: the pyramid, windows, and the softmax over text beside any mixer are scaled as the softmax is;
     agent attention in both of its softmaxes, in the second to the power of its `sharpness`; the focused map is a ratio
-    of powers, in which a factor on every query cancels. It holds for the passes of this thread; cross-attention and
-    attention over text alone are left as they are.
+    of powers, in which a factor on every query cancels. Cross-attention and attention over text alone are left as
+    they are. On converted layers it holds for the passes of this thread, on others for every pass.
 
     Args:
         model: a denoiser, converted or not, or several in a `ModuleDict`.

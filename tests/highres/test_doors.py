@@ -64,6 +64,8 @@ def test_pipelines_without_a_sibling_are_named() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="prompt is list"):
         generate_stages(build("sd"), [PROMPT], HighRes(sizes=TWO))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="seed is None"):
+        generate_stages(build("sd"), PROMPT, HighRes(sizes=TWO), seed=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="settings is dict"):
         generate_stages(build("sd"), PROMPT, {})  # type: ignore[arg-type]
 

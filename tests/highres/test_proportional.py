@@ -150,3 +150,15 @@ def test_what_cannot_be_reached_is_named() -> None:
         pass
     with pytest.raises(ValueError, match="positive number"), proportional_attention(it.model, 0):
         pass
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_compiled_models_follow(name: str) -> None:
+    it = tiny(name)
+    linearize(it.model, AdapterConfig(mixer="pyramid"))
+    torch._dynamo.reset()
+    compiled = torch.compile(it.model, backend="aot_eager", dynamic=False, fullgraph=True)
+    with torch.no_grad():
+        for ratio in (1.0, RATIO, 1.0):
+            with proportional_attention(it.model, ratio):
+                torch.testing.assert_close(it(compiled), it(), rtol=1e-3, atol=1e-4)
