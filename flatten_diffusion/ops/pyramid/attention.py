@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +34,13 @@ def pyramid_attention(
 
         out_i = sum_c w_ic mean(v)_c,   w_ic = n_c exp(scale q_i . mean(k)_c) / Z_i,   log Z_i = log-sum-exp.
 
-    Every key is in exactly one c. A far cell that would reach into the ring is halved until it does not. In each head
-    and window the `cells.opened` far cells with the largest n_c exp(scale mean(q) . mean(k)_c) are read more finely.
-    Where all cells are of side 1, or one window holds all tokens, this is the softmax itself.
+    Every key is in exactly one c. A far cell that would reach into the ring is halved until it does not. Where all
+    cells are of side 1, or one window holds all tokens, this is the softmax itself. What pooling c loses of the output
+    is, to first order, w_ic scale Cov_c(v, k) q_i, at most in proportion to w_ic std_c(k) std_c(v): in each head and
+    window the far cells where this is largest for the mean query are halved, as `Cells.opened` says.
 
     Related: Yang et al., "Focal Self-attention for Local-Global Interactions in Vision Transformers", NeurIPS 2021;
-    Tang et al., "QuadTree Attention for Vision Transformers", ICLR 2022 (opened cells).
+    Tang et al., "QuadTree Attention for Vision Transformers", ICLR 2022 (cells opened by weight).
 
     Args:
         query, key, value: [B, N, H, D], of the same tokens; one dtype and device.
@@ -70,16 +70,19 @@ def pyramid_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = (x.to(call_dtype(query)) for x in (query, key, value))
     with torch.autocast(query.device.type, enabled=False):
-        sides = cell_sides(sizes, cells).pooled()
+        sides, opened = cell_sides(sizes, cells).pooled(), sorted(cell_sides(sizes, cells).opened)
         # The CPU's kernels are fast in float32 only; an accelerator's take the dtype as it is.
         dtype = compute_dtype(query.dtype) if query.device.type == "cpu" else query.dtype
         if key_mask is not None:
             key, value = (x.masked_fill(~key_mask[:, :, None, None], 0.0) for x in (key, value))
         bias, share = _counts(key, key_mask, sizes, sides, no_key(dtype))
         keys, values = (_table(x.to(dtype), sizes, sides, share) for x in (key, value))
+        with torch.no_grad():
+            spread = _spread(key, keys, sizes, opened, share) + _spread(value, values, sizes, opened, share)
         numbers = [number for picture in sizes for number in picture]
+        settings = [cells.window, cells.ring, cells.far, cells.budget, *cells.opened]
         output: tuple[torch.Tensor, torch.Tensor] = pyramid(
-            query, keys, values, bias.to(dtype), numbers, list(astuple(cells)), scale
+            query, keys, values, bias.to(dtype), spread.to(dtype), numbers, settings, scale
         )
     return output
 
@@ -98,6 +101,21 @@ def _table(
         pooled = torch.cat(parts[1:], dim=1)
         parts = [x, (pooled / share[..., None, None]).to(x.dtype)]
     return torch.cat([*parts, x.new_zeros(batch, 1, heads, head_dim)], dim=1).transpose(1, 2).contiguous()
+
+
+def _spread(
+    x: torch.Tensor, table: torch.Tensor, pictures: Sequence[Picture], sides: Sequence[int], share: torch.Tensor | None
+) -> torch.Tensor:
+    """Log of the standard deviation of x within the cells of each side, the last of the table, [B, H, n + 1]; 0 for the
+    row that is no key."""
+    if not sides:
+        return table.new_zeros(*table.shape[:2], 0)
+    squares = x.to(compute_dtype(x.dtype)).square().sum(dim=-1, keepdim=True)
+    cells = sum(frames * -(-height // side) * -(-width // side) for frames, height, width in pictures for side in sides)
+    share = None if share is None else share[:, -cells:]
+    means = table[:, :, -cells - 1 : -1].to(squares.dtype).square().sum(dim=-1)
+    mean_squares = _table(squares, pictures, sides, share)[:, :, -cells - 1 : -1, 0]
+    return F.pad((mean_squares - means).clamp(min=1e-12).log() / 2, (0, 1))
 
 
 def _counts(

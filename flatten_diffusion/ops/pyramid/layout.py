@@ -23,8 +23,9 @@ class Cells:
         far: least side of the cells beyond, and of those of other frames and pictures.
         budget: at most so many far cells, over all frames and pictures: their side grows until they fit, so that cost
             is linear in the tokens. 0 for no bound: `far` it is, and cost grows with the tokens' square.
-        opened: how many far cells of the largest mass under a window's mean query are read more finely, per head.
-        opened_cell: side of the cells they are read as; 1 for token by token.
+        opened: how many far cells each head of each window halves (into four), then how many of those of half the side,
+            and so on; (): none. Those go first of which pooling loses most, see `pyramid_attention`; a side that is odd
+            is not halved.
 
     A side is a divisor of the window, or the window doubled any number of times.
 
@@ -36,22 +37,22 @@ class Cells:
     ring: int = 2
     far: int = 1
     budget: int = 256
-    opened: int = 0
-    opened_cell: int = 1
+    opened: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("window", 1), ("ring", 1), ("far", 1), ("budget", 0), ("opened", 0), ("opened_cell", 1)):
-            number = getattr(self, name)
-            if not isinstance(number, int) or isinstance(number, bool) or number < least:
-                raise ValueError(f"{name} is {number!r}: pass a whole number, at least {least}.")
+        for name, least in (("window", 1), ("ring", 1), ("far", 1), ("budget", 0)):
+            _check_number(name, getattr(self, name), least)
+        if not isinstance(self.opened, tuple):
+            raise ValueError(f"opened is {self.opened!r}: pass a tuple of whole numbers.")
+        for number in self.opened:
+            _check_number("opened", number, 1)
         if self.window % self.ring:
             raise ValueError(f"ring is {self.ring} and the window {self.window}: pass one of its divisors.")
-        for name in ("far", "opened_cell"):
-            cell, side = getattr(self, name), self.window
-            while side < cell:
-                side *= 2
-            if side % cell or side > max(self.window, cell):
-                raise ValueError(f"{name} is {cell} and the window {self.window}: pass a divisor of it, or it doubled.")
+        side = self.window
+        while side < self.far:
+            side *= 2
+        if side % self.far or side > max(self.window, self.far):
+            raise ValueError(f"far is {self.far} and the window {self.window}: pass a divisor of it, or it doubled.")
 
     def larger(self, side: int) -> int:
         """The next side a cell may have."""
@@ -60,17 +61,22 @@ class Cells:
         return next(s for s in range(side + 1, self.window + 1) if self.window % s == 0)
 
 
+def _check_number(name: str, number: object, least: int) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < least:
+        raise ValueError(f"{name} is {number!r}: pass a whole number, at least {least}.")
+
+
 class Sides(NamedTuple):
-    """The sides of cells at one size of pictures: of the ring, of the far cells (the largest first, then what it is
-    halved into where it would reach into the ring), and of what opened cells are read as (None: none are)."""
+    """The sides of cells at one size of pictures: of the ring; of the far cells, the largest first, then what it is
+    halved into where it would reach into the ring; and of those that are opened, the largest first."""
 
     ring: int
     far: tuple[int, ...]
-    opened: int | None
+    opened: tuple[int, ...]
 
     def pooled(self) -> list[int]:
-        """All but 1, each once, in the order of the table."""
-        return sorted({self.ring, *self.far, self.opened or 1} - {1})
+        """All but 1, each once, in the order of the table: the opened ones are the last."""
+        return sorted({self.ring, *self.far, *self.opened, *(side // 2 for side in self.opened)} - {1})
 
 
 def cell_sides(pictures: Sequence[Picture], cells: Cells) -> Sides:
@@ -85,16 +91,15 @@ def cell_sides(pictures: Sequence[Picture], cells: Cells) -> Sides:
     far = [side]
     while far[-1] > cells.window:
         far.append(far[-1] // 2)
-    opened = max(small for small in range(1, cells.opened_cell + 1) if side % small == 0)
-    return Sides(min(cells.ring, side), tuple(far), opened if cells.opened and opened < side else None)
+    opened = [side >> stage for stage in range(len(cells.opened)) if side % (2 << stage) == 0]
+    return Sides(min(cells.ring, side), tuple(far), tuple(opened))
 
 
 def keys_per_query(pictures: Sequence[Picture], cells: Cells) -> int:
     """How many keys a query's softmax is over, in the window that has most; those that masks leave out included."""
     layouts = [layout(tuple(pictures), cells, at, torch.device("cpu")) for at in range(len(pictures))]
-    children = layouts[0].children
-    more = 0 if children is None else min(cells.opened, len(children)) * (children.shape[1] - 1)
-    return max(int(one.number.max()) for one in layouts) + more
+    more = 3 * sum(count for count, _ in zip(cells.opened, cell_sides(pictures, cells).opened, strict=False))
+    return min(max(int(one.number.max()) for one in layouts) + more, sum(math.prod(picture) for picture in pictures))
 
 
 class Layout(NamedTuple):
@@ -104,19 +109,17 @@ class Layout(NamedTuple):
         rows: [W, K] of the table; its last row, which is no key, where a window has fewer keys than K.
         number: [W], of its keys.
         tokens: [W], of its own tokens.
-        first: row of the first cell of the largest side; the F cells of it, of every frame, follow one another.
-        far: bool [W, F], which of these the window sees.
-        slots: [W, F], where in `rows` it sees them.
-        children: [F, m] rows of what each is opened into, None where nothing is opened.
+        first: row of the first cell that can be opened; all from there on can.
+        far: for each side of `Sides.opened`, rows [W, n] of the cells of that side among `rows`, and where they are.
+        children: [from `first` on, 4] rows of the cells of half the side in each.
     """
 
     rows: torch.Tensor
     number: torch.Tensor
     tokens: torch.Tensor
     first: int
-    far: torch.Tensor
-    slots: torch.Tensor
-    children: torch.Tensor | None
+    far: list[tuple[torch.Tensor, torch.Tensor]]
+    children: torch.Tensor
 
 
 @functools.lru_cache(maxsize=32)
@@ -132,58 +135,73 @@ def layout(pictures: tuple[Picture, ...], cells: Cells, at: int, device: torch.d
         for height, width in frames:
             starts[side].append(total)
             total += _across(height, side) * _across(width, side)
-    top = sides.far[0]
-    own = sum(picture[0] for picture in pictures[:at])
-    parts = []
+    top, own = sides.far[0], sum(picture[0] for picture in pictures[:at])
+    found = []
     for frame in range(own, own + pictures[at][0]):
-        *near, far = _near(frames[frame], [(s, starts[s][frame]) for s in (1, sides.ring, *sides.far)], size)
+        near, cells_beyond = _seen(frames[frame], [(s, starts[s][frame]) for s in (1, sides.ring, *sides.far)], size)
         others = [
-            far if other == frame else _cells_of(height, width, top, starts[top][other]).expand(len(far), -1)
+            cells_beyond[0]
+            if other == frame
+            else _cells_of(height, width, top, starts[top][other]).expand(len(near), -1)
             for other, (height, width) in enumerate(frames)
         ]
-        parts.append(torch.cat([*near, *others], dim=1))
-    rows = torch.cat(parts)
-    seen, far_count = rows >= 0, sum(_across(h, top) * _across(w, top) for h, w in frames)
-    slots, number = seen.cumsum(dim=1) - 1, seen.sum(dim=1)
-    # Fused kernels want biases aligned to 8 entries.
-    compact = torch.full((len(rows), 8 * _across(int(number.max()), 8)), total)
-    compact[torch.arange(len(rows))[:, None].expand_as(rows)[seen], slots[seen]] = rows[seen]
-    children = None
-    if sides.opened is not None:
-        start, ratio = starts[sides.opened], top // sides.opened
-        parts = [_children(h, w, top, sides.opened, ratio, first) for (h, w), first in zip(frames, start, strict=True)]
-        children = torch.cat(parts)
-        children = children.masked_fill(children < 0, total).to(device)
-    tokens = seen[:, : math.prod(min(cells.window, side) for side in frames[own])].sum(dim=1)
-    tensors = (compact, number, tokens, seen[:, -far_count:], slots[:, -far_count:])
-    compact, number, tokens, far, slots = (x.to(device) for x in tensors)
-    return Layout(compact, number, tokens, starts[top][0], far, slots, children)
+        found.append([near, torch.cat(others, dim=1), *cells_beyond[1:]])
+    parts = [torch.cat(part) for part in zip(*found, strict=True)]
+    rows = torch.cat(parts, dim=1)
+    seen = rows >= 0
+    number = seen.sum(dim=1)
+    # Fused kernels want biases aligned to 8 entries; the last one is never a key.
+    length = 8 * _across(int(number.max()) + 1, 8)
+    slots = (seen.cumsum(dim=1) - 1).masked_fill(~seen, length - 1)
+    compact = torch.full((len(rows), length), total).scatter(1, slots, rows.masked_fill(~seen, total))
+    widths = [part.shape[1] for part in parts]
+    places = [
+        (rows.masked_fill(~seen, total).to(device), place.to(device))
+        for rows, seen, place in zip(*(x.split(widths, dim=1) for x in (rows, seen, slots)), strict=True)
+    ]
+    none = torch.empty((len(rows), 0), dtype=torch.long, device=device)
+    far = [places[1 + stage] if 1 + stage < len(places) else (none, none) for stage in range(len(sides.opened))]
+    children = [
+        _children(height, width, side, starts[side // 2][frame])
+        for side in sorted(sides.opened)
+        for frame, (height, width) in enumerate(frames)
+    ]
+    halves = torch.cat([*children, torch.full((1, 4), -1)])
+    tokens = seen[:, : math.prod(min(size, side) for side in frames[own])].sum(dim=1)
+    return Layout(
+        compact.to(device),
+        number.to(device),
+        tokens.to(device),
+        starts[min(sides.opened)][0] if sides.opened else total,
+        far,
+        halves.masked_fill(halves < 0, total).to(device),
+    )
 
 
-def _near(frame: tuple[int, int], levels: list[tuple[int, int]], size: int) -> list[torch.Tensor]:
-    """Rows that the windows of a frame see of it, [W, n] each, -1 for none: own tokens, cells of the ring, the far
-    ones from the smallest to the largest side. `levels`: their sides and first rows, tokens first."""
+def _seen(frame: tuple[int, int], levels: list[tuple[int, int]], size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Rows that the windows of a frame see of it, [W, n] each, -1 for none: own tokens and cells of the ring, and the
+    far cells from the largest side to the smallest. `levels`: their sides and first rows, tokens first."""
     height, width = frame
     down, across = _across(height, size), _across(width, size)
     row, column = torch.arange(down).repeat_interleave(across), torch.arange(across).repeat(down)
     tall, wide = min(size, height), min(size, width)
-    (_, first), (ring, ring_first), *far = levels
+    (_, first), (ring, ring_first), (side, start), *halves = levels
     own = _square(frame, 1, first, (row * tall, column * wide), (tall, wide))[0]
     ratio = size // ring
     corner = ((row - 1) * ratio, (column - 1) * ratio)
     around, i, j = _square(frame, ring, ring_first, corner, (3 * ratio, 3 * ratio))
     own_cells = (i // ratio == row[:, None]) & (j // ratio == column[:, None])
-    found = [own, around.masked_fill(own_cells, -1)]
-    for side, start in far[:0:-1]:
+    near = torch.cat([own, around.masked_fill(own_cells, -1)], dim=1)
+    origin = torch.zeros_like(row)
+    part, i, j = _square(frame, side, start, (origin, origin), (_across(height, side), _across(width, side)))
+    far = [part.masked_fill(_touches(i, j, side, row, column, size), -1)]
+    for side, start in halves:
         parents = (3 * size - 1) // (2 * side) + 2
         corner = (2 * ((row - 1) * size // (2 * side)), 2 * ((column - 1) * size // (2 * side)))
         part, i, j = _square(frame, side, start, corner, (2 * parents, 2 * parents))
         seen = ~_touches(i, j, side, row, column, size) & _touches(i // 2, j // 2, 2 * side, row, column, size)
-        found.append(part.masked_fill(~seen, -1))
-    side, start = far[0]
-    origin = torch.zeros_like(row)
-    part, i, j = _square(frame, side, start, (origin, origin), (_across(height, side), _across(width, side)))
-    return [*found, part.masked_fill(_touches(i, j, side, row, column, size), -1)]
+        far.append(part.masked_fill(~seen, -1))
+    return near, far
 
 
 def _square(
@@ -211,11 +229,11 @@ def _cells_of(height: int, width: int, side: int, first: int) -> torch.Tensor:
     return torch.arange(first, first + _across(height, side) * _across(width, side))[None]
 
 
-def _children(height: int, width: int, side: int, small: int, ratio: int, first: int) -> torch.Tensor:
-    """[cells, ratio ** 2]: rows of the small cells in each cell of a frame, -1 outside of the frame."""
+def _children(height: int, width: int, side: int, first: int) -> torch.Tensor:
+    """[cells, 4]: rows of the four halves of each cell of a frame, -1 outside of the frame."""
     down, across = _across(height, side), _across(width, side)
     row, column = torch.arange(down).repeat_interleave(across), torch.arange(across).repeat(down)
-    return _square((height, width), small, first, (row * ratio, column * ratio), (ratio, ratio))[0]
+    return _square((height, width), side // 2, first, (2 * row, 2 * column), (2, 2))[0]
 
 
 def _across(length: int, side: int) -> int:

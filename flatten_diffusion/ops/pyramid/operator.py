@@ -28,19 +28,21 @@ def pyramid(
     keys: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor,
+    spread: torch.Tensor,
     pictures: list[int],
     cells: list[int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, N, H, D] and log-sum-exp [B, N, H] of query [B, N, H, D] over tables of keys and values [B, H, R, D],
-    bias [B or 1, R]; `pictures` and `cells` as plain numbers."""
-    triples, setting = _triples(pictures), Cells(*cells)
+    bias [B or 1, R]; spread [B, H, n] is added to the log mass of a cell, of the last n rows, where it is asked which
+    to open; `pictures` and `cells` as plain numbers."""
+    triples, setting = _triples(pictures), _setting(cells)
     outputs, masses = [], []
     for at, windows in enumerate(_by_sample(query, triples, setting.window)):
         plan = layout(triples, setting, at, query.device)
         output = torch.empty_like(windows)
         mass = windows.new_empty(windows.shape[:-1], dtype=compute_dtype(query.dtype))
-        for block in _blocks(plan, windows, keys, bias, setting, scale):
+        for block in _blocks(plan, windows, keys, bias, spread, setting.opened, scale):
             key, value = block.rows(keys, values)
             part, logs = _attend(block.of(windows), key, value, block.bias, scale)
             block.put(output, part)
@@ -56,6 +58,7 @@ def _(
     keys: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor,
+    spread: torch.Tensor,
     pictures: list[int],
     cells: list[int],
     scale: float,
@@ -71,6 +74,7 @@ def pyramid_backward(
     keys: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor,
+    spread: torch.Tensor,
     output: torch.Tensor,
     mass: torch.Tensor,
     pictures: list[int],
@@ -79,7 +83,7 @@ def pyramid_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, keys and values. With P the weights and delta = grad . out, the gradient of the scores is
     P (grad v^T - delta + grad_mass)."""
-    triples, setting = _triples(pictures), Cells(*cells)
+    triples, setting = _triples(pictures), _setting(cells)
     dtype = mass.dtype
     moved = grad_mass.to(dtype) - (grad_output.to(dtype) * output.to(dtype)).sum(dim=-1)
     grad_keys, grad_values = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (keys, values))
@@ -91,7 +95,7 @@ def pyramid_backward(
     for at, (windows, upstream, masses, moves) in enumerate(parts):
         plan = layout(triples, setting, at, query.device)
         grad = torch.empty_like(windows)
-        for block in _blocks(plan, windows, keys, bias, setting, scale):
+        for block in _blocks(plan, windows, keys, bias, spread, setting.opened, scale):
             queries, come, logs, shift = (block.of(x).to(dtype) for x in (windows, upstream, masses, moves))
             key, value = (x.to(dtype) for x in block.rows(keys, values))
             weights = (queries @ key.transpose(-1, -2)).mul_(scale).add_(block.bias[:, :, None].to(dtype))
@@ -113,6 +117,7 @@ def _(
     keys: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor,
+    spread: torch.Tensor,
     output: torch.Tensor,
     mass: torch.Tensor,
     pictures: list[int],
@@ -131,7 +136,7 @@ def _backward(ctx: Any, grad_output: torch.Tensor, grad_mass: torch.Tensor) -> t
     # Called under autocast too, which would undo the float32 accumulation.
     with torch.autocast(grad_output.device.type, enabled=False):
         grads = pyramid_backward(grad_output, grad_mass, *ctx.saved_tensors, ctx.pictures, ctx.cells, ctx.scale)
-    return (*grads, None, None, None, None)
+    return (*grads, None, None, None, None, None)
 
 
 pyramid.register_autograd(_backward, setup_context=_setup_context)
@@ -172,17 +177,24 @@ class _Block(NamedTuple):
 
 
 def _blocks(
-    plan: Layout, windows: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, cells: Cells, scale: float
+    plan: Layout,
+    windows: torch.Tensor,
+    keys: torch.Tensor,
+    bias: torch.Tensor,
+    spread: torch.Tensor,
+    counts: tuple[int, ...],
+    scale: float,
 ) -> Iterator[_Block]:
     """All windows [B, W, t, H, D] of all heads, in blocks whose keys, values and scores fit the cache."""
     batch, count, tokens, heads, head_dim = windows.shape
-    limit = block_elements(windows) // (plan.rows.shape[1] * max(2 * head_dim, tokens))
+    length = plan.rows.shape[1] + 4 * sum(counts)
+    limit = block_elements(windows) // (length * max(2 * head_dim, tokens))
     wide, high = max(min(limit, count), 1), max(limit // count, 1)
     for sample in range(batch):
         weigh = bias[sample % len(bias)]
         opened = None
-        if plan.children is not None:
-            opened = _opened(plan, plan.children, windows[sample], keys[sample], weigh, cells.opened, scale)
+        if plan.far:
+            opened = _opened(plan, windows[sample], keys[sample], weigh, spread[sample], counts, scale)
         for head in range(0, heads, high):
             those = slice(head, min(head + high, heads))
             for first in range(0, count, wide):
@@ -199,24 +211,29 @@ def _blocks(
 
 def _opened(
     plan: Layout,
-    children: torch.Tensor,
     windows: torch.Tensor,
     keys: torch.Tensor,
     weigh: torch.Tensor,
-    opened: int,
+    spread: torch.Tensor,
+    counts: tuple[int, ...],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """In a sample, the far cells of the largest mass under each window's mean query: the rows they are read as,
-    [H, W, o * m], and where among the window's keys they were, [H, W, o]."""
-    here = slice(plan.first, plan.first + plan.far.shape[1])
+    """In a sample, the cells that each window opens: the rows of what they are read as, [H, W, n], and where among the
+    window's keys they were themselves, [H, W, m]."""
     mean = (windows.sum(dim=1, dtype=keys.dtype) / plan.tokens[:, None, None]).transpose(0, 1)
-    mass = (mean @ keys[:, here].transpose(-1, -2)).mul_(scale).add_(weigh[here])
-    top = mass.masked_fill_(~plan.far, -torch.inf).topk(min(opened, len(children))).indices
-    seen, slots = (x.expand(len(top), -1, -1).gather(-1, top) for x in (plan.far, plan.slots))
-    rows = children[top].masked_fill_(~seen[..., None], keys.shape[1] - 1)
-    # Where fewer are seen than could be opened, the slot is that of the cell's first child, which is no key anyway.
-    own = plan.rows.shape[1] + torch.arange(top.shape[-1], device=top.device) * children.shape[1]
-    return rows.flatten(2), torch.where(seen, slots, own)
+    loss = (mean @ keys[:, plan.first :].transpose(-1, -2)).mul_(scale).add_(weigh[plan.first :]).add_(spread[:, None])
+    shape, length = loss.shape[:2], plan.rows.shape[1]
+    rows, slots = [], []
+    halves = places = plan.rows.new_empty((*shape, 0))
+    for (seen, where), count in zip(plan.far, counts, strict=False):
+        cells, places = (torch.cat([a.expand(*shape, -1), b], -1) for a, b in ((seen, halves), (where, places)))
+        top = loss.gather(-1, cells - plan.first).topk(min(count, cells.shape[-1])).indices
+        slots.append(places.gather(-1, top))
+        halves = plan.children[cells.gather(-1, top) - plan.first].flatten(-2)
+        places = torch.arange(length, length + halves.shape[-1], device=halves.device).expand(halves.shape)
+        length += halves.shape[-1]
+        rows.append(halves)
+    return torch.cat(rows, dim=-1), torch.cat(slots, dim=-1)
 
 
 def _attend(
@@ -252,6 +269,11 @@ def _attend_plainly(
 def _by_sample(x: torch.Tensor, pictures: Sequence[Picture], size: int) -> list[torch.Tensor]:
     """Of each picture [B, W, t, ...]."""
     return [windows.unflatten(0, (len(x), -1)) for windows in windows_of(x, pictures, size)]
+
+
+def _setting(cells: list[int]) -> Cells:
+    window, ring, far, budget, *opened = cells
+    return Cells(window, ring, far, budget, tuple(opened))
 
 
 def _triples(pictures: list[int]) -> tuple[Picture, ...]:

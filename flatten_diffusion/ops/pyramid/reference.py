@@ -18,7 +18,7 @@ Box = tuple[int, int, int, int, int]
 class _Key(NamedTuple):
     tokens: list[int]
     box: Box
-    far: bool
+    far: int  # the side of a cell that may be opened, 0 for others
 
 
 def pyramid_attention_reference(
@@ -58,17 +58,17 @@ def _seen(frames: list[tuple[int, int, int]], pictures: Sequence[Picture], cells
     sides = cell_sides(pictures, cells)
     frame, top, left, size, _ = window
     ring = (frame, top - size, left - size, 3 * size, 3 * size)
-    keys = [_Key([token], window, False) for token in _tokens(frames, window)]
+    keys = [_Key([token], window, 0) for token in _tokens(frames, window)]
     for box in _grid(frames, frame, sides.ring):
         if _inside(box, ring) and not _inside(box, window):
-            keys.append(_Key(_tokens(frames, box), box, False))
-    waiting = [(box, True) for other in range(len(frames)) for box in _grid(frames, other, sides.far[0])]
+            keys.append(_Key(_tokens(frames, box), box, 0))
+    waiting = [box for other in range(len(frames)) for box in _grid(frames, other, sides.far[0])]
     while waiting:
-        box, whole = waiting.pop(0)
+        box = waiting.pop(0)
         if not _meets(box, ring):
-            keys.append(_Key(_tokens(frames, box), box, whole))
+            keys.append(_Key(_tokens(frames, box), box, box[3]))
         elif not _inside(box, ring):
-            waiting += [(half, False) for half in _split(box, box[3] // 2)]
+            waiting += _split(box, box[3] // 2)
     return [one for one in keys if one.tokens]
 
 
@@ -80,20 +80,24 @@ def _open(
     cells: Cells,
     parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float],
 ) -> list[_Key]:
-    """With the far cells of the largest mass cut into smaller ones."""
-    small = cell_sides(pictures, cells).opened
-    if small is None:
-        return seen
+    """With the far cells of which pooling loses most halved, stage after stage."""
+    key, value, keep, _ = parts
     mean = queries.mean(dim=0, keepdim=True)
 
-    def mass(one: _Key) -> float:
+    def loss(one: _Key) -> float:
         answer = _softmax(mean, [one.tokens], parts)
-        return -math.inf if answer is None else answer[1].item()
+        if answer is None:
+            return -math.inf
+        tokens = [token for token in one.tokens if keep[token]]
+        spreads = [(x[tokens] - x[tokens].mean(dim=0)).square().sum(dim=-1).mean() for x in (key, value)]
+        return answer[1].item() + sum(spread.clamp(min=1e-12).log().item() / 2 for spread in spreads)
 
-    far = sorted((one for one in seen if one.far), key=mass, reverse=True)[: cells.opened]
-    boxes = [box for one in far for box in _split(one.box, small)]
-    cut = [_Key(_tokens(frames, box), box, False) for box in boxes]
-    return [one for one in seen if one not in far] + [one for one in cut if one.tokens]
+    for count, side in zip(cells.opened, cell_sides(pictures, cells).opened, strict=False):
+        chosen = sorted((one for one in seen if one.far == side), key=loss, reverse=True)[:count]
+        boxes = [box for one in chosen for box in _split(one.box, side // 2)]
+        halves = [_Key(_tokens(frames, box), box, side // 2) for box in boxes]
+        seen = [one for one in seen if one not in chosen] + [one for one in halves if one.tokens]
+    return seen
 
 
 def _softmax(
