@@ -36,8 +36,8 @@ class Cells:
     window: int = 8
     ring: int = 2
     far: int = 1
-    budget: int = 256
-    opened: tuple[int, ...] = ()
+    budget: int = 64
+    opened: tuple[int, ...] = (16, 16)
 
     def __post_init__(self) -> None:
         for name, least in (("window", 1), ("ring", 1), ("far", 1), ("budget", 0)):
