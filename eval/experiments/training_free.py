@@ -34,9 +34,10 @@ from flatten_eval.versions import environment
 VARIANTS = {
     "focused": AdapterConfig(mixer=FocusedLinearConfig()),
     "windows + focused": AdapterConfig(mixer=FocusedLinearConfig(), window=8),
-    "pyramid, 64 far cells": AdapterConfig(mixer=PyramidConfig(budget=64)),
+    "pyramid, none opened": AdapterConfig(mixer=PyramidConfig(opened=())),
+    "pyramid, none opened, 256 far cells": AdapterConfig(mixer=PyramidConfig(budget=256, opened=())),
     "pyramid": AdapterConfig(mixer=PyramidConfig()),
-    "pyramid, 8 cells opened": AdapterConfig(mixer=PyramidConfig(opened=8)),
+    "pyramid, 32 and 31 cells opened": AdapterConfig(mixer=PyramidConfig(opened=(32, 31))),
     "pyramid + convolution": AdapterConfig(mixer=PyramidConfig(kernel_size=3)),
 }
 Call = dict[str, Any]
@@ -165,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table(name, rows, args), end="\n\n")
     if args.json is not None:
         keys = {
-            variant: {side: keys_per_query([(1, side, side)], config.mixer.cells) for side in (32, 64, 128)}
+            variant: {side: keys_per_query([(1, side, side)], config.mixer) for side in (32, 64, 128)}
             for variant, config in VARIANTS.items()
             if isinstance(config.mixer, PyramidConfig)
         }

@@ -72,8 +72,9 @@ class MixerConfig:
     name: ClassVar[str] = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """{"name": ..., setting: value}."""
-        return {"name": self.name, **{field.name: getattr(self, field.name) for field in fields(self)}}
+        """{"name": ..., setting: value}, in JSON types: a tuple is a list."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def timed(self) -> MixerConfig:
         """The settings that are timed in place of these for `min_tokens="auto"`: those of one cost share a timing."""

@@ -14,18 +14,15 @@ from .grid import images_of
 from .parts.convolution import convolve, patch_moments, solve_convolution
 from .registry import register_mixer
 
+_LARGEST_KERNEL = 31
+
 
 @dataclass(frozen=True)
-class PyramidConfig(MixerConfig):
-    """Settings of `PyramidAttention`; those of the cells are explained in `flatten_diffusion.ops.pyramid.Cells`.
+class PyramidConfig(Cells, MixerConfig):
+    """Settings of `PyramidAttention`: window, ring, far, budget and opened of `flatten_diffusion.ops.pyramid.Cells`,
+    where they are explained and checked, and one more.
 
     Args:
-        window: side of the windows, in tokens, within which keys are exact; at most 32.
-        ring: side of the cells in the eight windows around; divides the window.
-        far: least side of the cells beyond.
-        budget: at most so many far cells, so that cost is linear in the tokens; at most 4096, 0 for no bound.
-        opened: far cells of the largest mass that each window and head reads more finely; at most 256.
-        opened_cell: side of the cells they are read as; 1 for token by token.
         kernel_size: side of a depthwise convolution of the values, odd, at most 31, which calibration and distillation
             fit to what the means lose; 0, the default, leaves it out.
 
@@ -33,28 +30,16 @@ class PyramidConfig(MixerConfig):
         ValueError: a value out of range, or sides that do not fit each other.
     """
 
-    window: int = 8
-    ring: int = 2
-    far: int = 1
-    budget: int = 256
-    opened: int = 0
-    opened_cell: int = 1
     kernel_size: int = 0
 
     def __post_init__(self) -> None:
-        bounds = {"window": 32, "ring": 32, "far": 1024, "budget": 4096, "opened": 256, "opened_cell": 1024}
-        for name, most in {**bounds, "kernel_size": 31}.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-                raise ValueError(f"{name} is {value!r:.60}: pass a whole number up to {most}.")
-        if self.kernel_size and self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {self.kernel_size}: pass an odd number, or 0 for no convolution.")
-        _ = self.cells
-
-    @property
-    def cells(self) -> Cells:
-        """As the operator takes them. Raises ValueError for sides that do not fit."""
-        return Cells(self.window, self.ring, self.far, self.budget, self.opened, self.opened_cell)
+        super().__post_init__()
+        size = self.kernel_size
+        odd = isinstance(size, int) and not isinstance(size, bool) and (size == 0 or size % 2 == 1)
+        if not odd or not 0 <= size <= _LARGEST_KERNEL:
+            raise ValueError(
+                f"kernel_size is {size!r:.60}: pass an odd number up to {_LARGEST_KERNEL}, or 0 for no convolution."
+            )
 
 
 @register_mixer("pyramid")
@@ -75,7 +60,7 @@ class PyramidAttention(Mixer):
     Config = PyramidConfig
     examples = (
         PyramidConfig(),
-        PyramidConfig(window=4, budget=9, opened=2),
+        PyramidConfig(window=4, budget=9, opened=(2, 3)),
         PyramidConfig(window=2, ring=1, far=2, budget=4, kernel_size=3),
     )
     summary = "exact softmax nearby, means of cells far away, one normaliser: near the original without training"
@@ -99,7 +84,7 @@ class PyramidAttention(Mixer):
             key,
             value,
             images_of(context.grid),
-            self.config.cells,
+            self.config,
             key_mask=context.key_mask,
             scale=context.scale,
         )
@@ -108,9 +93,14 @@ class PyramidAttention(Mixer):
     def reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> Mixed:
         """Window by window, in float64."""
         assert context.grid is not None, "its needs say so"
-        pictures, mask = images_of(context.grid), context.key_mask
         attended, log_partition = pyramid_attention_reference(
-            self._sharpened(query), key, value, pictures, self.config.cells, key_mask=mask, scale=context.scale
+            self._sharpened(query),
+            key,
+            value,
+            images_of(context.grid),
+            self.config,
+            key_mask=context.key_mask,
+            scale=context.scale,
         )
         return Mixed(self._with_convolution(attended.to(query.dtype), value, context), log_partition)
 

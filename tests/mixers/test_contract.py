@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ def test_it_declares_what_it_is(name: str) -> None:
 
 @every_example
 def test_its_config_goes_to_json_types_and_back(config: MixerConfig) -> None:
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
     assert mixer_config(config.to_dict()) == config and hash(mixer_config(config.to_dict())) == hash(config)
     with pytest.raises(ValueError, match=f"Unknown setting 'nothing' of mixer {config.name}"):
         mixer_config({**config.to_dict(), "nothing": 1})

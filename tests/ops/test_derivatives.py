@@ -54,8 +54,8 @@ CASES = {
     "focused-masked-maps": lambda: focused(True, True),
     "join_far": lambda: windows("join_far"),
     "join_windows": lambda: windows("join_windows"),
-    "pyramid": lambda: pyramid(Cells(window=2, ring=2, far=2, budget=0)),
-    "pyramid-opened": lambda: pyramid(Cells(window=2, far=4, budget=0, opened=2)),
+    "pyramid": lambda: pyramid(Cells(window=2, ring=2, far=2, budget=0, opened=())),
+    "pyramid-opened": lambda: pyramid(Cells(window=2, far=4, budget=0, opened=(2, 3))),
     "moments": lambda: windows("moments"),
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from ..focused_linear.dispatch import call_dtype
 from ..focused_linear.reference import compute_dtype
 from ..transforms import needs_plain_torch
 from ..windows import ImageSize
-from .layout import Cells, cell_sides
+from .layout import Cells, cell_sides, number_of_cells
 from .operator import attend_in_blocks, attend_plainly, no_key, pyramid
 
 
@@ -22,7 +21,7 @@ def pyramid_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pictures: Sequence[ImageSize],
+    images: Sequence[ImageSize],
     cells: Cells | None = None,
     *,
     key_mask: torch.Tensor | None = None,
@@ -37,12 +36,13 @@ def pyramid_attention(
 
         out_i = sum_c w_ic mean(v)_c,   w_ic = n_c exp(scale q_i . mean(k)_c) / Z_i,   log Z_i = log-sum-exp.
 
-    Every key is in exactly one c. A far cell that would reach into the ring is halved until it does not. In each head
-    and window the `cells.opened` far cells with the largest n_c exp(scale mean(q) . mean(k)_c) are read more finely.
-    Where all cells are of side 1, or one window holds all tokens, this is the softmax itself.
+    Every key is in exactly one c. A far cell that would reach into the ring is halved until it does not. Where all
+    cells are of side 1, or one window holds all tokens, this is the softmax itself. What pooling c loses of the output
+    is, to first order, w_ic scale Cov_c(v, k) q_i, at most in proportion to w_ic std_c(k) std_c(v): in each head and
+    window the cells where this is largest for the mean query are cut into four, as `Cells.opened` says.
 
     Related: Yang et al., "Focal Self-attention for Local-Global Interactions in Vision Transformers", NeurIPS 2021;
-    Tang et al., "QuadTree Attention for Vision Transformers", ICLR 2022 (opened cells).
+    Tang et al., "QuadTree Attention for Vision Transformers", ICLR 2022 (cells opened by weight).
 
     Args:
         query, key, value: [B, N, H, D], of the same tokens; one dtype and device.
@@ -62,9 +62,9 @@ def pyramid_attention(
     """
     cells = Cells() if cells is None else cells
     FocusedArguments(query, key, value, None, None, None, None, None, key_mask, 1.0, None).check()
-    sizes = tuple((int(frames), int(height), int(width)) for frames, height, width in pictures)
-    held = sum(math.prod(picture) for picture in sizes)
-    if not sizes or min(min(picture) for picture in sizes) < 1 or not query.shape[1] == key.shape[1] == held:
+    sizes = tuple((int(frames), int(height), int(width)) for frames, height, width in images)
+    held = sum(math.prod(size) for size in sizes)
+    if not sizes or min(min(size) for size in sizes) < 1 or not query.shape[1] == key.shape[1] == held:
         raise ValueError(
             f"The images {sizes} hold {held} tokens, query {query.shape[1]} and key {key.shape[1]}: "
             "make them equal, and every side at least 1."
@@ -72,15 +72,18 @@ def pyramid_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = (x.to(call_dtype(query)) for x in (query, key, value))
     with torch.autocast(query.device.type, enabled=False):
-        sides = cell_sides(sizes, cells).pooled()
+        sides, opened = cell_sides(sizes, cells).pooled(), sorted(cell_sides(sizes, cells).opened)
         # The CPU's kernels are fast in float32 only; an accelerator's take the dtype as it is.
         dtype = compute_dtype(query.dtype) if query.device.type == "cpu" else query.dtype
         if key_mask is not None:
             key, value = (x.masked_fill(~key_mask[:, :, None, None], 0.0) for x in (key, value))
         bias, share = _counts(key, key_mask, sizes, sides, no_key(dtype))
         keys, values = (_table(x.to(dtype), sizes, sides, share) for x in (key, value))
-        numbers = [number for picture in sizes for number in picture]
-        call = query, keys, values, bias.to(dtype), numbers, list(astuple(cells)), scale
+        with torch.no_grad():
+            spread = _spread(key, keys, sizes, opened, share) + _spread(value, values, sizes, opened, share)
+        numbers = [number for size in sizes for number in size]
+        settings = [cells.window, cells.ring, cells.far, cells.budget, *cells.opened]
+        call = query, keys, values, bias.to(dtype), spread.to(dtype), numbers, settings, scale
         if needs_plain_torch():
             return attend_in_blocks(*call, attend_plainly)
         output: tuple[torch.Tensor, torch.Tensor] = pyramid(*call)
@@ -88,14 +91,14 @@ def pyramid_attention(
 
 
 def _table(
-    x: torch.Tensor, pictures: Sequence[ImageSize], sides: Sequence[int], share: torch.Tensor | None
+    x: torch.Tensor, images: Sequence[ImageSize], sides: Sequence[int], share: torch.Tensor | None
 ) -> torch.Tensor:
     """[B, N, H, D] -> [B, H, R, D]: the tokens, the means of the cells of each side, and a row of zeros; `share`
     [B, cells] is that of a cell's tokens that count."""
     batch, _, heads, head_dim = x.shape
     parts = [x]
     for side in sides:
-        means = [F.avg_pool2d(image, side, ceil_mode=True, count_include_pad=False) for image in _frames(x, pictures)]
+        means = [F.avg_pool2d(image, side, ceil_mode=True, count_include_pad=False) for image in _frames(x, images)]
         parts += [mean.permute(0, 2, 3, 1).reshape(batch, -1, heads, head_dim) for mean in means]
     if share is not None and sides:
         pooled = torch.cat(parts[1:], dim=1)
@@ -103,30 +106,45 @@ def _table(
     return torch.cat([*parts, x.new_zeros(batch, 1, heads, head_dim)], dim=1).transpose(1, 2).contiguous()
 
 
+def _spread(
+    x: torch.Tensor, table: torch.Tensor, images: Sequence[ImageSize], sides: Sequence[int], share: torch.Tensor | None
+) -> torch.Tensor:
+    """Log of the standard deviation of x [B, N, H, D] within the cells of each side, the last of its table; 0 for the
+    row that is no key: [B, H, n + 1], [B, H, 0] without sides. `share` as `_table` takes it."""
+    if not sides:
+        return table.new_zeros(*table.shape[:2], 0)
+    cells = number_of_cells(images, sides)
+    squares = x.to(compute_dtype(x.dtype)).square().sum(dim=-1, keepdim=True)
+    share = None if share is None else share[:, -cells:]
+    mean_squares = _table(squares, images, sides, share)[:, :, -cells - 1 : -1, 0]
+    means = table[:, :, -cells - 1 : -1].to(squares.dtype)
+    return F.pad((mean_squares - means.square().sum(dim=-1)).clamp(min=1e-12).log() / 2, (0, 1))
+
+
 def _counts(
-    key: torch.Tensor, key_mask: torch.Tensor | None, pictures: Sequence[ImageSize], sides: Sequence[int], low: float
+    key: torch.Tensor, key_mask: torch.Tensor | None, images: Sequence[ImageSize], sides: Sequence[int], low: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log of the number of keys of each row of the table, [B or 1, R], `low` for none; and the share of a cell's tokens
     that count [B, cells], None without a mask."""
     dtype = compute_dtype(key.dtype)
     every = torch.ones(1, key.shape[1], 1, 1, dtype=dtype, device=key.device)
-    whole = _numbers(every, pictures, sides)
-    number = whole if key_mask is None else _numbers(key_mask[:, :, None, None].to(dtype), pictures, sides)
+    whole = _numbers(every, images, sides)
+    number = whole if key_mask is None else _numbers(key_mask[:, :, None, None].to(dtype), images, sides)
     bias = F.pad(number.log().clamp(min=low), (0, 1), value=low)
     tokens = key.shape[1]
     return bias, None if key_mask is None else (number.clamp(min=1) / whole)[:, tokens:]
 
 
-def _numbers(keep: torch.Tensor, pictures: Sequence[ImageSize], sides: Sequence[int]) -> torch.Tensor:
+def _numbers(keep: torch.Tensor, images: Sequence[ImageSize], sides: Sequence[int]) -> torch.Tensor:
     """[B, N, 1, 1] -> sums over tokens and the cells of each side, [B, R - 1]."""
     parts = [keep.flatten(1)]
     for side in sides:
-        for image in _frames(keep, pictures):
+        for image in _frames(keep, images):
             parts.append(F.avg_pool2d(image, side, ceil_mode=True, divisor_override=1).reshape(len(keep), -1))
     return torch.cat(parts, dim=1)
 
 
-def _frames(x: torch.Tensor, pictures: Sequence[ImageSize]) -> Iterator[torch.Tensor]:
+def _frames(x: torch.Tensor, images: Sequence[ImageSize]) -> Iterator[torch.Tensor]:
     """[B, N, H, D] -> for each image [B * frames, H * D, height, width], a view."""
-    for part, (_, height, width) in zip(x.split([math.prod(p) for p in pictures], dim=1), pictures, strict=True):
+    for part, (_, height, width) in zip(x.split([math.prod(size) for size in images], dim=1), images, strict=True):
         yield part.flatten(2).reshape(-1, height, width, x.shape[2] * x.shape[3]).permute(0, 3, 1, 2)

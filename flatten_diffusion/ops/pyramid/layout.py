@@ -12,19 +12,23 @@ import torch
 
 from ..windows import ImageSize
 
+_BOUNDS = {"window": (1, 32), "ring": (1, 32), "far": (1, 1024), "budget": (0, 4096)}
+_MOST_STAGES, _MOST_OPENED = 8, 256
+
 
 @dataclass(frozen=True)
 class Cells:
-    """How finely a query sees, by distance.
+    """How finely a query sees, by distance and by what pooling would lose.
 
     Args:
-        window: side of the windows, in tokens, within which keys are exact.
+        window: side of the windows, in tokens, within which keys are exact; at most 32.
         ring: side of the cells in the eight windows around, of which keys are means; divides the window.
-        far: least side of the cells beyond, and of those of other frames and images.
+        far: least side of the cells beyond, and of those of other frames and images; at most 1024.
         budget: at most so many far cells, over all frames and images: their side grows until they fit, so that cost
-            is linear in the tokens. 0 for no bound: `far` it is, and cost grows with the tokens' square.
-        opened: how many far cells of the largest mass under a window's mean query are read more finely, per head.
-        opened_cell: side of the cells they are read as; 1 for token by token.
+            is linear in the tokens; at most 4096. 0 for no bound: `far` it is, and cost grows with the tokens' square.
+        opened: how many cells each head of each window opens (cuts into four), stage by stage: of those of the far
+            side first, then of half of it, and so on, those of the ring among them; (): none. Up to 8 stages of 1 to
+            256 cells. Those of which pooling loses most are opened, see `pyramid_attention`. Odd sides are not.
 
     A side is a divisor of the window, or the window doubled any number of times.
 
@@ -35,66 +39,83 @@ class Cells:
     window: int = 8
     ring: int = 2
     far: int = 1
-    budget: int = 256
-    opened: int = 0
-    opened_cell: int = 1
+    budget: int = 64
+    opened: tuple[int, ...] = (24, 24)
 
     def __post_init__(self) -> None:
-        for name, least in (("window", 1), ("ring", 1), ("far", 1), ("budget", 0), ("opened", 0), ("opened_cell", 1)):
-            number = getattr(self, name)
-            if not isinstance(number, int) or isinstance(number, bool) or number < least:
-                raise ValueError(f"{name} is {number!r}: pass a whole number, at least {least}.")
+        for name, (least, most) in _BOUNDS.items():
+            if not _is_whole(getattr(self, name), least, most):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r:.60}: pass a whole number, at least {least} and at most {most}."
+                )
+        if (
+            not isinstance(self.opened, (tuple, list))
+            or len(self.opened) > _MOST_STAGES
+            or not all(_is_whole(number, 1, _MOST_OPENED) for number in self.opened)
+        ):
+            raise ValueError(
+                f"opened is {self.opened!r:.60}: pass up to {_MOST_STAGES} whole numbers from 1 to {_MOST_OPENED} in a "
+                "tuple, one for each stage, or ()."
+            )
+        object.__setattr__(self, "opened", tuple(self.opened))  # a list in JSON
         if self.window % self.ring:
             raise ValueError(f"ring is {self.ring} and the window {self.window}: pass one of its divisors.")
-        for name in ("far", "opened_cell"):
-            cell, side = getattr(self, name), self.window
-            while side < cell:
-                side *= 2
-            if side % cell or side > max(self.window, cell):
-                raise ValueError(f"{name} is {cell} and the window {self.window}: pass a divisor of it, or it doubled.")
+        side = self.window
+        while side < self.far:
+            side *= 2
+        if side % self.far or side > max(self.window, self.far):
+            raise ValueError(f"far is {self.far} and the window {self.window}: pass a divisor of it, or it doubled.")
 
-    def larger(self, side: int) -> int:
-        """The next side a cell may have."""
-        if side >= self.window:
-            return 2 * side
-        return next(s for s in range(side + 1, self.window + 1) if self.window % s == 0)
+
+def _is_whole(number: object, least: int, most: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and least <= number <= most
 
 
 class Sides(NamedTuple):
-    """The sides of cells at one size of images: of the ring, of the far cells (the largest first, then what it is
-    halved into where it would reach into the ring), and of what opened cells are read as (None: none are)."""
+    """The sides of cells at one size of images: of the ring; of the far cells, the largest first, then what it is
+    halved into where it would reach into the ring; and of those that are opened, the largest first."""
 
     ring: int
     far: tuple[int, ...]
-    opened: int | None
+    opened: tuple[int, ...]
 
     def pooled(self) -> list[int]:
-        """All but 1, each once, in the order of the table."""
-        return sorted({self.ring, *self.far, self.opened or 1} - {1})
+        """All but 1, each once, in the order of the table: those that are opened last."""
+        others = {self.ring, *self.far, *(side // 2 for side in self.opened)} - {1, *self.opened}
+        return [*sorted(others), *sorted(self.opened)]
 
 
-def cell_sides(pictures: Sequence[ImageSize], cells: Cells) -> Sides:
+def cell_sides(images: Sequence[ImageSize], cells: Cells) -> Sides:
     """See `Sides`."""
-    side, longest = cells.far, max(max(picture[1:]) for picture in pictures)
-    while (
-        cells.budget
-        and side < longest
-        and sum(f * _across(h, side) * _across(w, side) for f, h, w in pictures) > (cells.budget)
-    ):
-        side = cells.larger(side)
+    side, longest = cells.far, max(max(height, width) for _, height, width in images)
+    while cells.budget and side < longest and number_of_cells(images, [side]) > cells.budget:
+        side = _next_side(side, cells.window)
     far = [side]
     while far[-1] > cells.window:
         far.append(far[-1] // 2)
-    opened = max(small for small in range(1, cells.opened_cell + 1) if side % small == 0)
-    return Sides(min(cells.ring, side), tuple(far), opened if cells.opened and opened < side else None)
+    opened = [side >> stage for stage in range(len(cells.opened)) if side % (2 << stage) == 0]
+    return Sides(min(cells.ring, side), tuple(far), tuple(opened))
 
 
-def keys_per_query(pictures: Sequence[ImageSize], cells: Cells) -> int:
-    """How many keys a query's softmax is over, in the window that has most; those that masks leave out included."""
-    layouts = [layout(tuple(pictures), cells, at, torch.device("cpu")) for at in range(len(pictures))]
-    children = layouts[0].children
-    more = 0 if children is None else min(cells.opened, len(children)) * (children.shape[1] - 1)
-    return max(int(one.number.max()) for one in layouts) + more
+def number_of_cells(images: Sequence[ImageSize], sides: Sequence[int]) -> int:
+    """Of all frames, of all of these sides."""
+    return sum(
+        count * _across(height, side) * _across(width, side) for side in sides for count, height, width in images
+    )
+
+
+def _next_side(side: int, window: int) -> int:
+    """The next larger side that a cell may have."""
+    if side >= window:
+        return 2 * side
+    return next(larger for larger in range(side + 1, window + 1) if window % larger == 0)
+
+
+def keys_per_query(images: Sequence[ImageSize], cells: Cells) -> int:
+    """At most so many keys a query's softmax is over, in the window that has most; what masks leave out included."""
+    layouts = [layout(tuple(images), cells, at, torch.device("cpu")) for at in range(len(images))]
+    more = 3 * sum(count for count, _ in zip(cells.opened, cell_sides(images, cells).opened, strict=False))
+    return min(max(int(one.number.max()) for one in layouts) + more, sum(math.prod(image) for image in images))
 
 
 class Layout(NamedTuple):
@@ -104,86 +125,92 @@ class Layout(NamedTuple):
         rows: [W, K] of the table; its last row, which is no key, where a window has fewer keys than K.
         number: [W], of its keys.
         tokens: [W], of its own tokens.
-        first: row of the first cell of the largest side; the F cells of it, of every frame, follow one another.
-        far: bool [W, F], which of these the window sees.
-        slots: [W, F], where in `rows` it sees them.
-        children: [F, m] rows of what each is opened into, None where nothing is opened.
+        first: row of the first cell that can be opened; all from there on can, but for the last row.
+        candidates: for each side of `Sides.opened`, rows [W, n] of the cells of that side among `rows`, and where in
+            `rows` they are.
+        quarters: [from `first` on, 4] rows of the cells of half the side in each.
     """
 
     rows: torch.Tensor
     number: torch.Tensor
     tokens: torch.Tensor
     first: int
-    far: torch.Tensor
-    slots: torch.Tensor
-    children: torch.Tensor | None
+    candidates: list[tuple[torch.Tensor, ...]]
+    quarters: torch.Tensor
 
 
 @functools.lru_cache(maxsize=32)
-def layout(pictures: tuple[ImageSize, ...], cells: Cells, at: int, device: torch.device) -> Layout:
+def layout(images: tuple[ImageSize, ...], cells: Cells, at: int, device: torch.device) -> Layout:
     """Of image number `at`. The table holds all tokens, then for each of `Sides.pooled` the cells of every frame,
     row by row, and a last row that is no key."""
-    sides, size = cell_sides(pictures, cells), cells.window
-    frames = [(height, width) for count, height, width in pictures for _ in range(count)]
+    sides = cell_sides(images, cells)
+    frames = [(height, width) for count, height, width in images for _ in range(count)]
     starts: dict[int, list[int]] = {}
-    total = 0
+    last = 0
     for side in [1, *sides.pooled()]:
         starts[side] = []
         for height, width in frames:
-            starts[side].append(total)
-            total += _across(height, side) * _across(width, side)
-    top = sides.far[0]
-    own = sum(picture[0] for picture in pictures[:at])
-    parts = []
-    for frame in range(own, own + pictures[at][0]):
-        *near, far = _near(frames[frame], [(s, starts[s][frame]) for s in (1, sides.ring, *sides.far)], size)
-        others = [
-            far if other == frame else _cells_of(height, width, top, starts[top][other]).expand(len(far), -1)
+            starts[side].append(last)
+            last += _across(height, side) * _across(width, side)
+    top, before = sides.far[0], sum(image[0] for image in images[:at])
+    found = []
+    for frame in range(before, before + images[at][0]):
+        levels = [(side, starts[side][frame]) for side in (1, sides.ring, *sides.far)]
+        own, ring, whole, *halved = _seen_of_frame(frames[frame], levels, cells.window)
+        everywhere = [
+            whole if other == frame else _cells_of(height, width, top, starts[top][other]).expand(len(whole), -1)
             for other, (height, width) in enumerate(frames)
         ]
-        parts.append(torch.cat([*near, *others], dim=1))
-    rows = torch.cat(parts)
-    seen, far_count = rows >= 0, sum(_across(h, top) * _across(w, top) for h, w in frames)
-    slots, number = seen.cumsum(dim=1) - 1, seen.sum(dim=1)
-    # Fused kernels want biases aligned to 8 entries.
-    compact = torch.full((len(rows), 8 * _across(int(number.max()), 8)), total)
-    compact[torch.arange(len(rows))[:, None].expand_as(rows)[seen], slots[seen]] = rows[seen]
-    children = None
-    if sides.opened is not None:
-        start, ratio = starts[sides.opened], top // sides.opened
-        parts = [_children(h, w, top, sides.opened, ratio, first) for (h, w), first in zip(frames, start, strict=True)]
-        children = torch.cat(parts)
-        children = children.masked_fill(children < 0, total).to(device)
-    tokens = seen[:, : math.prod(min(cells.window, side) for side in frames[own])].sum(dim=1)
-    tensors = (compact, number, tokens, seen[:, -far_count:], slots[:, -far_count:])
-    compact, number, tokens, far, slots = (x.to(device) for x in tensors)
-    return Layout(compact, number, tokens, starts[top][0], far, slots, children)
+        found.append([own, ring, torch.cat(everywhere, dim=1), *halved])
+    parts = [torch.cat(part) for part in zip(*found, strict=True)]
+    rows, widths = torch.cat(parts, dim=1), [part.shape[1] for part in parts]
+    seen = rows >= 0
+    rows, number = rows.masked_fill(~seen, last), seen.sum(dim=1)
+    # Fused kernels want biases aligned to 8 entries; the last one is never a key.
+    length = 8 * _across(int(number.max()) + 1, 8)
+    slots = (seen.cumsum(dim=1) - 1).masked_fill(~seen, length - 1)
+    compact = torch.full((len(rows), length), last).scatter(1, slots, rows)
+    side_of = torch.tensor([1, sides.ring, *sides.far]).repeat_interleave(torch.tensor(widths))
+    candidates = [tuple(x[:, side_of == side].to(device) for x in (rows, slots)) for side in sides.opened]
+    quarters = [
+        _quarters(height, width, side, starts[side // 2][frame])
+        for side in sorted(sides.opened)
+        for frame, (height, width) in enumerate(frames)
+    ]
+    cut = torch.cat([*quarters, torch.full((1, 4), -1)])
+    return Layout(
+        compact.to(device),
+        number.to(device),
+        seen[:, : widths[0]].sum(dim=1).to(device),
+        starts[min(sides.opened)][0] if sides.opened else last,
+        candidates,
+        cut.masked_fill(cut < 0, last).to(device),
+    )
 
 
-def _near(frame: tuple[int, int], levels: list[tuple[int, int]], size: int) -> list[torch.Tensor]:
-    """Rows that the windows of a frame see of it, [W, n] each, -1 for none: own tokens, cells of the ring, the far
-    ones from the smallest to the largest side. `levels`: their sides and first rows, tokens first."""
+def _seen_of_frame(frame: tuple[int, int], levels: list[tuple[int, int]], size: int) -> list[torch.Tensor]:
+    """Rows that the windows of a frame see of it, [W, n] each, -1 for none: own tokens, cells of the ring, and the far
+    cells from the largest side to the smallest. `levels`: sides and first rows of these, in this order."""
     height, width = frame
     down, across = _across(height, size), _across(width, size)
     row, column = torch.arange(down).repeat_interleave(across), torch.arange(across).repeat(down)
     tall, wide = min(size, height), min(size, width)
-    (_, first), (ring, ring_first), *far = levels
+    (_, first), (ring, ring_first), (side, start), *halves = levels
     own = _square(frame, 1, first, (row * tall, column * wide), (tall, wide))[0]
     ratio = size // ring
     corner = ((row - 1) * ratio, (column - 1) * ratio)
     around, i, j = _square(frame, ring, ring_first, corner, (3 * ratio, 3 * ratio))
     own_cells = (i // ratio == row[:, None]) & (j // ratio == column[:, None])
-    found = [own, around.masked_fill(own_cells, -1)]
-    for side, start in far[:0:-1]:
+    origin = torch.zeros_like(row)
+    part, i, j = _square(frame, side, start, (origin, origin), (_across(height, side), _across(width, side)))
+    parts = [own, around.masked_fill(own_cells, -1), part.masked_fill(_touches(i, j, side, row, column, size), -1)]
+    for side, start in halves:
         parents = (3 * size - 1) // (2 * side) + 2
         corner = (2 * ((row - 1) * size // (2 * side)), 2 * ((column - 1) * size // (2 * side)))
         part, i, j = _square(frame, side, start, corner, (2 * parents, 2 * parents))
         seen = ~_touches(i, j, side, row, column, size) & _touches(i // 2, j // 2, 2 * side, row, column, size)
-        found.append(part.masked_fill(~seen, -1))
-    side, start = far[0]
-    origin = torch.zeros_like(row)
-    part, i, j = _square(frame, side, start, (origin, origin), (_across(height, side), _across(width, side)))
-    return [*found, part.masked_fill(_touches(i, j, side, row, column, size), -1)]
+        parts.append(part.masked_fill(~seen, -1))
+    return parts
 
 
 def _square(
@@ -211,11 +238,11 @@ def _cells_of(height: int, width: int, side: int, first: int) -> torch.Tensor:
     return torch.arange(first, first + _across(height, side) * _across(width, side))[None]
 
 
-def _children(height: int, width: int, side: int, small: int, ratio: int, first: int) -> torch.Tensor:
-    """[cells, ratio ** 2]: rows of the small cells in each cell of a frame, -1 outside of the frame."""
+def _quarters(height: int, width: int, side: int, first: int) -> torch.Tensor:
+    """[cells, 4]: rows of the four cells of half the side in each of a frame, -1 outside of the frame."""
     down, across = _across(height, side), _across(width, side)
     row, column = torch.arange(down).repeat_interleave(across), torch.arange(across).repeat(down)
-    return _square((height, width), small, first, (row * ratio, column * ratio), (ratio, ratio))[0]
+    return _square((height, width), side // 2, first, (2 * row, 2 * column), (2, 2))[0]
 
 
 def _across(length: int, side: int) -> int:

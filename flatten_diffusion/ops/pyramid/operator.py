@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from ..focused_linear.eager import block_elements
@@ -29,20 +30,22 @@ def attend_in_blocks(
     keys: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor,
-    pictures: list[int],
+    spread: torch.Tensor,
+    images: list[int],
     cells: list[int],
     scale: float,
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, N, H, D] and log-sum-exp [B, N, H] of query [B, N, H, D] over tables of keys and values [B, H, R, D],
-    bias [B or 1, R]; `pictures` and `cells` as plain numbers. With `attend_plainly`, torch differentiates all of it."""
-    triples, setting = _triples(pictures), Cells(*cells)
+    bias [B or 1, R]. `spread` [B, H, n] is added to the log mass of a cell, of the last n rows, where it is asked which
+    to open; `images` and `cells` as plain numbers. With `attend_plainly`, torch differentiates all of it."""
+    triples, setting = _triples(images), _setting(cells)
     outputs, masses = [], []
     for at, windows in enumerate(_by_sample(query, triples, setting.window)):
         plan = layout(triples, setting, at, query.device)
         output = torch.empty_like(windows)
         mass = windows.new_empty(windows.shape[:-1], dtype=compute_dtype(query.dtype))
-        for block in _blocks(plan, windows, keys, bias, setting, scale):
+        for block in _blocks(plan, windows, keys, bias, spread, setting.opened, scale):
             key, value = block.rows(keys, values)
             part, logs = attend(block.of(windows), key, value, block.bias, scale)
             block.put(output, part)
@@ -58,14 +61,15 @@ def pyramid(
     keys: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor,
-    pictures: list[int],
+    spread: torch.Tensor,
+    images: list[int],
     cells: list[int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_in_blocks` as one node, for a gradient and nothing else."""
     if forward_ad._current_level >= 0:
         raise RuntimeError("flatten_diffusion::pyramid has no forward-mode derivative: call pyramid_attention.")
-    return attend_in_blocks(query, keys, values, bias, pictures, cells, scale, _attend)
+    return attend_in_blocks(query, keys, values, bias, spread, images, cells, scale, _attend)
 
 
 @pyramid.register_fake
@@ -81,15 +85,16 @@ def pyramid_backward(
     keys: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor,
+    spread: torch.Tensor,
     output: torch.Tensor,
     mass: torch.Tensor,
-    pictures: list[int],
+    images: list[int],
     cells: list[int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, keys and values. With P the weights and delta = grad . out, the gradient of the scores is
     P (grad v^T - delta + grad_mass)."""
-    triples, setting = _triples(pictures), Cells(*cells)
+    triples, setting = _triples(images), _setting(cells)
     dtype = mass.dtype
     moved = grad_mass.to(dtype) - (grad_output.to(dtype) * output.to(dtype)).sum(dim=-1)
     grad_keys, grad_values = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (keys, values))
@@ -101,7 +106,7 @@ def pyramid_backward(
     for at, (windows, upstream, masses, moves) in enumerate(parts):
         plan = layout(triples, setting, at, query.device)
         grad = torch.empty_like(windows)
-        for block in _blocks(plan, windows, keys, bias, setting, scale):
+        for block in _blocks(plan, windows, keys, bias, spread, setting.opened, scale):
             queries, come, logs, shift = (block.of(x).to(dtype) for x in (windows, upstream, masses, moves))
             key, value = (x.to(dtype) for x in block.rows(keys, values))
             weights = (queries @ key.transpose(-1, -2)).mul_(scale).add_(block.bias[:, :, None].to(dtype))
@@ -128,23 +133,24 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *tensors, ctx.pictures, ctx.cells, ctx.scale = inputs
+    *tensors, ctx.images, ctx.cells, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx: Any, grad_output: torch.Tensor, grad_mass: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if backward_needs_plain_torch():
-        *tensors, bias = ctx.saved_tensors[:4]
+        *tensors, bias, spread = ctx.saved_tensors[:5]
 
         def plain(query: Any, keys: Any, values: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            return attend_in_blocks(query, keys, values, bias, ctx.pictures, ctx.cells, ctx.scale, attend_plainly)
+            fixed = bias, spread, ctx.images, ctx.cells, ctx.scale
+            return attend_in_blocks(query, keys, values, *fixed, attend_plainly)
 
         needed = ctx.needs_input_grad[:3]
-        return (*differentiable_gradients(plain, tensors, needed, (grad_output, grad_mass)), *[None] * 4)
+        return (*differentiable_gradients(plain, tensors, needed, (grad_output, grad_mass)), *[None] * 5)
     # Called under autocast too, which would undo the float32 accumulation.
     with torch.autocast(grad_output.device.type, enabled=False):
-        grads = pyramid_backward(grad_output, grad_mass, *ctx.saved_tensors, ctx.pictures, ctx.cells, ctx.scale)
-    return (*grads, None, None, None, None)
+        grads = pyramid_backward(grad_output, grad_mass, *ctx.saved_tensors, ctx.images, ctx.cells, ctx.scale)
+    return (*grads, *[None] * 5)
 
 
 pyramid.register_autograd(_backward, setup_context=_setup_context)
@@ -185,25 +191,33 @@ class _Block(NamedTuple):
 
 
 def _blocks(
-    plan: Layout, windows: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, cells: Cells, scale: float
+    plan: Layout,
+    windows: torch.Tensor,
+    keys: torch.Tensor,
+    bias: torch.Tensor,
+    spread: torch.Tensor,
+    counts: tuple[int, ...],
+    scale: float,
 ) -> Iterator[_Block]:
     """All windows [B, W, t, H, D] of all heads, in blocks whose keys, values and scores fit the cache."""
     batch, count, tokens, heads, head_dim = windows.shape
-    limit = block_elements(windows) // (plan.rows.shape[1] * max(2 * head_dim, tokens))
+    length = plan.rows.shape[1] + 4 * sum(counts[: len(plan.candidates)])
+    limit = block_elements(windows) // (length * max(2 * head_dim, tokens))
     wide, high = max(min(limit, count), 1), max(limit // count, 1)
     for sample in range(batch):
         weigh = bias[sample % len(bias)]
         opened = None
-        if plan.children is not None:
-            opened = _opened(plan, plan.children, windows[sample], keys[sample], weigh, cells.opened, scale)
+        if plan.candidates:
+            with torch.no_grad():
+                opened = _opened(plan, windows[sample], keys[sample], weigh, spread[sample], counts, scale)
         for head in range(0, heads, high):
             those = slice(head, min(head + high, heads))
             for first in range(0, count, wide):
                 some = slice(first, first + wide)
                 index = plan.rows[some][None]
                 if opened is not None:
-                    children, slots = (x[those, some] for x in opened)
-                    index = torch.cat([index.expand(len(children), -1, -1), children], dim=-1)
+                    cut, slots = (x[those, some] for x in opened)
+                    index = torch.cat([index.expand(len(cut), -1, -1), cut], dim=-1)
                 scores = weigh.index_select(0, index.flatten()).view(index.shape)
                 if opened is not None:
                     scores = scores.scatter(-1, slots, no_key(scores.dtype))
@@ -212,24 +226,31 @@ def _blocks(
 
 def _opened(
     plan: Layout,
-    children: torch.Tensor,
     windows: torch.Tensor,
     keys: torch.Tensor,
     weigh: torch.Tensor,
-    opened: int,
+    spread: torch.Tensor,
+    counts: tuple[int, ...],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """In a sample, the far cells of the largest mass under each window's mean query: the rows they are read as,
-    [H, W, o * m], and where among the window's keys they were, [H, W, o]."""
-    here = slice(plan.first, plan.first + plan.far.shape[1])
+    """In a sample, the cells that each window opens: the rows of what they are cut into, [H, W, n], and where among the
+    window's keys they were themselves, [H, W, m]."""
     mean = (windows.sum(dim=1, dtype=keys.dtype) / plan.tokens[:, None, None]).transpose(0, 1)
-    mass = (mean @ keys[:, here].transpose(-1, -2)).mul_(scale).add_(weigh[here])
-    top = mass.masked_fill_(~plan.far, -torch.inf).topk(min(opened, len(children))).indices
-    seen, slots = (x.expand(len(top), -1, -1).gather(-1, top) for x in (plan.far, plan.slots))
-    rows = children[top].masked_fill_(~seen[..., None], keys.shape[1] - 1)
-    # Where fewer are seen than could be opened, the slot is that of the cell's first child, which is no key anyway.
-    own = plan.rows.shape[1] + torch.arange(top.shape[-1], device=top.device) * children.shape[1]
-    return rows.flatten(2), torch.where(seen, slots, own)
+    # Out of place: under vmap any of these may be without the dimension of another.
+    loss = scale * (mean @ keys[:, plan.first :].transpose(-1, -2)) + weigh[plan.first :] + spread[:, None]
+    shape, length = loss.shape[:2], plan.rows.shape[1]
+    rows, slots = [], []
+    cut = places = plan.rows.new_empty((*shape, 0))
+    for (seen, where), count in zip(plan.candidates, counts, strict=False):
+        cells, places = (torch.cat([a.expand(*shape, -1), b], dim=-1) for a, b in ((seen, cut), (where, places)))
+        top = loss.gather(-1, cells - plan.first).topk(min(count, cells.shape[-1])).indices
+        slots.append(places.gather(-1, top))
+        cut = plan.quarters[cells.gather(-1, top) - plan.first].flatten(-2)
+        places = torch.arange(length, length + cut.shape[-1], device=cut.device).expand(cut.shape)
+        length += cut.shape[-1]
+        rows.append(cut)
+    # The fused kernels' 8 again, with rows that are no key.
+    return F.pad(torch.cat(rows, dim=-1), (0, -length % 8), value=keys.shape[1] - 1), torch.cat(slots, dim=-1)
 
 
 def _attend(
@@ -262,10 +283,15 @@ def attend_plainly(
     return (scores - mass[..., None]).exp().to(value.dtype) @ value, mass
 
 
-def _by_sample(x: torch.Tensor, pictures: Sequence[ImageSize], size: int) -> list[torch.Tensor]:
+def _by_sample(x: torch.Tensor, images: Sequence[ImageSize], size: int) -> list[torch.Tensor]:
     """Of each image [B, W, t, ...]."""
-    return [windows.unflatten(0, (len(x), -1)) for windows in windows_of(x, pictures, size)]
+    return [windows.unflatten(0, (len(x), -1)) for windows in windows_of(x, images, size)]
 
 
-def _triples(pictures: list[int]) -> tuple[ImageSize, ...]:
-    return tuple((pictures[at], pictures[at + 1], pictures[at + 2]) for at in range(0, len(pictures), 3))
+def _setting(cells: list[int]) -> Cells:
+    window, ring, far, budget, *opened = cells
+    return Cells(window, ring, far, budget, tuple(opened))
+
+
+def _triples(images: list[int]) -> tuple[ImageSize, ...]:
+    return tuple((images[at], images[at + 1], images[at + 2]) for at in range(0, len(images), 3))

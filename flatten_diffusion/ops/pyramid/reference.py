@@ -18,14 +18,14 @@ Box = tuple[int, int, int, int, int]
 class _Key(NamedTuple):
     tokens: list[int]
     box: Box
-    far: bool
+    side: int  # of a cell, 1 for a token
 
 
 def pyramid_attention_reference(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pictures: Sequence[ImageSize],
+    images: Sequence[ImageSize],
     cells: Cells,
     *,
     key_mask: torch.Tensor | None = None,
@@ -35,40 +35,40 @@ def pyramid_attention_reference(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = (x.double() for x in (query, key, value))
     keep = torch.ones(key.shape[:2], dtype=torch.bool) if key_mask is None else key_mask
-    frames = _frames_of(pictures)
+    frames = _frames_of(images)
     output, mass = torch.zeros_like(query), torch.full(query.shape[:3], -math.inf, dtype=torch.float64)
     for frame, (_, height, width) in enumerate(frames):
         for top in range(0, height, cells.window):
             for left in range(0, width, cells.window):
                 own = _tokens(frames, (frame, top, left, cells.window, cells.window))
-                seen = _seen(frames, pictures, cells, (frame, top, left, cells.window, cells.window))
+                seen = _seen(frames, images, cells, (frame, top, left, cells.window, cells.window))
                 for sample in range(len(query)):
                     for head in range(query.shape[2]):
                         queries = query[sample, own, head]
                         parts = (key[sample, :, head], value[sample, :, head], keep[sample], scale)
-                        opened = _open(queries, seen, frames, pictures, cells, parts)
+                        opened = _open(queries, seen, frames, images, cells, parts)
                         answers = _softmax(queries, [one.tokens for one in opened], parts)
                         if answers is not None:
                             output[sample, own, head], mass[sample, own, head] = answers
     return output, mass
 
 
-def _seen(frames: list[tuple[int, int, int]], pictures: Sequence[ImageSize], cells: Cells, window: Box) -> list[_Key]:
+def _seen(frames: list[tuple[int, int, int]], images: Sequence[ImageSize], cells: Cells, window: Box) -> list[_Key]:
     """What a window's queries see: each key's tokens."""
-    sides = cell_sides(pictures, cells)
+    sides = cell_sides(images, cells)
     frame, top, left, size, _ = window
     ring = (frame, top - size, left - size, 3 * size, 3 * size)
-    keys = [_Key([token], window, False) for token in _tokens(frames, window)]
+    keys = [_Key([token], window, 1) for token in _tokens(frames, window)]
     for box in _grid(frames, frame, sides.ring):
         if _inside(box, ring) and not _inside(box, window):
-            keys.append(_Key(_tokens(frames, box), box, False))
-    waiting = [(box, True) for other in range(len(frames)) for box in _grid(frames, other, sides.far[0])]
+            keys.append(_Key(_tokens(frames, box), box, sides.ring))
+    waiting = [box for other in range(len(frames)) for box in _grid(frames, other, sides.far[0])]
     while waiting:
-        box, whole = waiting.pop(0)
+        box = waiting.pop(0)
         if not _meets(box, ring):
-            keys.append(_Key(_tokens(frames, box), box, whole))
+            keys.append(_Key(_tokens(frames, box), box, box[3]))
         elif not _inside(box, ring):
-            waiting += [(half, False) for half in _split(box, box[3] // 2)]
+            waiting += _split(box, box[3] // 2)
     return [one for one in keys if one.tokens]
 
 
@@ -76,24 +76,28 @@ def _open(
     queries: torch.Tensor,
     seen: list[_Key],
     frames: list[tuple[int, int, int]],
-    pictures: Sequence[ImageSize],
+    images: Sequence[ImageSize],
     cells: Cells,
     parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float],
 ) -> list[_Key]:
-    """With the far cells of the largest mass cut into smaller ones."""
-    small = cell_sides(pictures, cells).opened
-    if small is None:
-        return seen
+    """With the cells of which pooling loses most cut into four, stage after stage."""
+    key, value, keep, _ = parts
     mean = queries.mean(dim=0, keepdim=True)
 
-    def mass(one: _Key) -> float:
+    def loss(one: _Key) -> float:
         answer = _softmax(mean, [one.tokens], parts)
-        return -math.inf if answer is None else answer[1].item()
+        if answer is None:
+            return -math.inf
+        tokens = [token for token in one.tokens if keep[token]]
+        spreads = [(x[tokens] - x[tokens].mean(dim=0)).square().sum(dim=-1).mean() for x in (key, value)]
+        return answer[1].item() + sum(spread.clamp(min=1e-12).log().item() / 2 for spread in spreads)
 
-    far = sorted((one for one in seen if one.far), key=mass, reverse=True)[: cells.opened]
-    boxes = [box for one in far for box in _split(one.box, small)]
-    cut = [_Key(_tokens(frames, box), box, False) for box in boxes]
-    return [one for one in seen if one not in far] + [one for one in cut if one.tokens]
+    for count, side in zip(cells.opened, cell_sides(images, cells).opened, strict=False):
+        chosen = sorted((one for one in seen if one.side == side), key=loss, reverse=True)[:count]
+        boxes = [box for one in chosen for box in _split(one.box, side // 2)]
+        cut = [_Key(_tokens(frames, box), box, side // 2) for box in boxes]
+        seen = [one for one in seen if one not in chosen] + [one for one in cut if one.tokens]
+    return seen
 
 
 def _softmax(
@@ -112,10 +116,10 @@ def _softmax(
     return scores.softmax(dim=-1) @ values, scores.logsumexp(dim=-1)
 
 
-def _frames_of(pictures: Sequence[ImageSize]) -> list[tuple[int, int, int]]:
+def _frames_of(images: Sequence[ImageSize]) -> list[tuple[int, int, int]]:
     """(first token, height, width) of every frame."""
     frames, first = [], 0
-    for count, height, width in pictures:
+    for count, height, width in images:
         for _ in range(count):
             frames.append((first, height, width))
             first += height * width
