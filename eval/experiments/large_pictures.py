@@ -2,17 +2,19 @@
 
     python -m eval.experiments.large_pictures --sizes 128:200 512:100 1024:8 --json eval/results/large_pictures.json
 
-Each size draws so many captions that training never saw, with each attention from the same noise, and reports: the
-share of stated facts that hold (all, and by kind), the Fréchet distance to real renderings of the same captions (edge
-and colour features), how like the original's the pictures are (SSIM), the seconds of a whole picture end to end, text
-to pixels, timed in turn, and the peak of the process's memory. Pictures stay in --output, and are drawn only where
-they are missing: the same command goes on after an interruption. --picture writes rows of
-pictures of the last size.
+Each size draws so many captions that training never saw, with each attention from the same noise: at the pipeline's
+native size first, then in stages of twice the side (`flatten_diffusion.highres`), or, with --direct, at once. Reported
+are the share of stated facts that hold (all, and by kind), the Fréchet distance to real renderings of the same captions
+(edge and colour features), how like the original's the pictures are (SSIM), the seconds of a whole picture end to end,
+text to pixels, timed in turn, and the peak of the process's memory. Pictures stay in --output, and are drawn only where
+they are missing: the same command goes on after an interruption. --picture writes rows of pictures of the last size.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,16 +25,17 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
 
 from flatten_diffusion import linearize, load_adapter, restore
-from flatten_diffusion.files import atomic_path
+from flatten_diffusion.files import atomic_path, write_text
+from flatten_diffusion.highres import HighRes, generate_large
 from flatten_diffusion.scenes.check import check_folder
 from flatten_diffusion.scenes.grammar import sample_captions
 from flatten_diffusion.scenes.pipeline import ADAPTER_DIR, load_scenes_pipeline
 from flatten_diffusion.scenes.render import render_folder
 from flatten_eval.features import load_extractor
 from flatten_eval.files import write_json
-from flatten_eval.generate import GenerationSettings, Job, generate, make_jobs, run_batch
 from flatten_eval.metrics.paired import measure_pairs, summarise
 from flatten_eval.metrics.quality import QualityOptions, evaluate_quality, open_source
 from flatten_eval.pipelines import adapter_sha256, pipeline_sha256
@@ -87,6 +90,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("large-pictures"), help="folder of all pictures")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--native", type=int, default=128, help="side in pixels up to which pictures are drawn at once")
+    parser.add_argument("--strength", type=float, default=0.4, help="how far later stages are noised again")
+    parser.add_argument("--direct", action="store_true", help="draw every size at once instead of in stages")
     parser.add_argument("--rounds", type=int, default=3, help="whole pictures timed per variant and size; 0 for none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--picture", type=Path, default=None, help="rows of pictures, one per variant")
@@ -117,32 +123,53 @@ def attention(pipeline: Any, variant: str, adapter: str) -> Iterator[None]:
             restore(pipeline)
 
 
-def settings_of(args: argparse.Namespace, size: Size, variant: str) -> GenerationSettings:
-    """What decides the pictures of one variant and size."""
-    named = {ORIGINAL: None, UNTRAINED: UNTRAINED, DISTILLED: Path(args.adapter).name}[variant]
-    return GenerationSettings(
-        pipeline="scenes",
-        pipeline_sha256=pipeline_sha256("scenes"),
-        adapter=named,
-        adapter_sha256=adapter_sha256(args.adapter) if variant == DISTILLED else None,
-        height=size.height,
-        width=size.width,
-        steps=args.steps,
-        guidance=args.guidance,
-    )
+def stages_of(args: argparse.Namespace, size: Size) -> HighRes:
+    """How a picture of one size is drawn."""
+    whole = (size.height, size.width)
+    direct = args.direct or math.prod(whole) <= args.native**2
+    named: dict[str, Any] = {"sizes": [whole]} if direct else {"target": whole}
+    return HighRes(**named, steps=args.steps, strength=args.strength, tiled_vae=False)
+
+
+def draw(args: argparse.Namespace, pipeline: Any, size: Size, caption: str, seed: int) -> Image.Image:
+    """One picture, text to pixels."""
+    return generate_large(pipeline, caption, stages_of(args, size), guidance_scale=args.guidance, seed=seed)
+
+
+def draw_all(args: argparse.Namespace, pipeline: Any, size: Size, folder: Path, made_with: dict[str, Any]) -> None:
+    """Every caption of a size into `folder`, as far as it is missing there; a folder of other settings is refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / "made_with.json"
+    if not record.is_file():
+        write_json(record, made_with)
+    elif json.loads(record.read_text(encoding="utf-8")) != json.loads(json.dumps(made_with)):
+        raise SystemExit(f"error: {folder} holds pictures made with other settings: choose another --output")
+    rows = []
+    for seed, caption in enumerate(tqdm(size.captions, desc=f"{size.name} {folder.name}")):
+        path = folder / f"{seed:06d}.png"
+        rows.append(json.dumps({"file_name": path.name, "text": caption}))
+        if not path.is_file():
+            with atomic_path(path) as partial_path:
+                draw(args, pipeline, size, caption, seed).save(partial_path, format="PNG")
+    write_text(folder / "metadata.jsonl", "\n".join(rows) + "\n")
 
 
 def quality(args: argparse.Namespace, pipeline: Any, size: Size) -> dict[str, dict[str, Any]]:
     """Facts, Fréchet distance and likeness to the original of every variant."""
-    processes = join_processes(args.device)
-    folder, jobs = args.output / size.name, make_jobs(size.captions, [0])
+    processes, folder = join_processes(args.device), args.output / size.name
     if not (folder / "real" / "metadata.jsonl").is_file():
         render_folder(size.captions, folder / "real", (size.width, size.height))
     extractor = load_extractor(EXTRACTOR, device=processes.device)
     rows: dict[str, dict[str, Any]] = {}
     for variant in args.variants:
+        made_with = {
+            "pipeline": pipeline_sha256("scenes"),
+            "adapter": adapter_sha256(args.adapter) if variant == DISTILLED else variant,
+            "guidance": args.guidance,
+            **stages_of(args, size).to_dict(),
+        }
         with attention(pipeline, variant, args.adapter):
-            generate(pipeline, settings_of(args, size, variant), jobs, folder / variant, processes)
+            draw_all(args, pipeline, size, folder / variant, made_with)
         measured = evaluate_quality(
             open_source(folder / "real"), open_source(folder / variant), None, extractor, processes, QualityOptions()
         )
@@ -157,10 +184,9 @@ def quality(args: argparse.Namespace, pipeline: Any, size: Size) -> dict[str, di
 
 def speed(args: argparse.Namespace, pipeline: Any, size: Size) -> dict[str, Any]:
     """Seconds and peak memory of a whole picture with each attention, timed in turn."""
-    job = Job(0, size.captions[0], 0)
     candidates = {
         variant: Candidate(
-            partial(run_batch, pipeline, settings_of(args, size, variant), [job]),
+            partial(draw, args, pipeline, size, size.captions[0], 0),
             partial(attention, pipeline, variant, args.adapter),
         )
         for variant in args.variants
@@ -194,15 +220,15 @@ def table(results: dict[str, Any]) -> str:
 def picture(args: argparse.Namespace, path: Path) -> None:
     """The first pictures of the last size, a row per variant."""
     folder, side, margin, label = args.output / args.sizes[-1].name, 384, 8, 28
-    jobs = make_jobs(args.sizes[-1].captions[: args.shown], [0])
+    files = [f"{number:06d}.png" for number in range(min(args.shown, args.sizes[-1].count))]
     sheet = Image.new(
-        "RGB", (len(jobs) * (side + margin) + margin, len(args.variants) * (side + label) + margin), "white"
+        "RGB", (len(files) * (side + margin) + margin, len(args.variants) * (side + label) + margin), "white"
     )
     pen = ImageDraw.Draw(sheet)
     for row, variant in enumerate(args.variants):
         pen.text((margin, row * (side + label) + 6), variant, fill="black", font_size=16)
-        for column, job in enumerate(jobs):
-            with Image.open(folder / variant / job.file) as drawn:
+        for column, name in enumerate(files):
+            with Image.open(folder / variant / name) as drawn:
                 drawn.thumbnail((side, side), Image.Resampling.LANCZOS)
                 sheet.paste(drawn, (margin + column * (side + margin), row * (side + label) + label))
     with atomic_path(path) as partial_path:
@@ -229,7 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             {
                 "command": f"python -m eval.experiments.large_pictures {given}",
                 "environment": environment(torch.device(args.device)),
-                "settings": {"steps": args.steps, "guidance": args.guidance, "extractor": EXTRACTOR},
+                "settings": {
+                    name: getattr(args, name) for name in ("steps", "guidance", "native", "strength", "direct")
+                }
+                | {"extractor": EXTRACTOR},
                 "sizes": results,
             },
         )
