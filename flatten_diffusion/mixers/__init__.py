@@ -4,8 +4,10 @@ from .agent import AgentAttention, AgentCalibration, AgentConfig
 from .base import Calibration, Context, LayerShape, Mixed, Mixer, MixerConfig
 from .calibration import CalibratedLayer, LayerCall, MixerInputs, Reduce, Statistic, Weights
 from .focused import FocusedCalibration, FocusedLinearAttention, FocusedLinearConfig
+from .global_query import GlobalQueryAttention, GlobalQueryConfig
 from .grid import Grid, count_tokens, describe_grid, images_of
 from .layer import LayerMixer
+from .lookup import LookupAttention, LookupConfig
 from .parts.deltas import PROJECTIONS, ProjectionDelta
 from .parts.feature_maps import FeatureMap, LayerChoice
 from .parts.shares import JoinInputs
@@ -13,6 +15,11 @@ from .parts.text import OtherTokens, TextJoin
 from .parts.window import WindowAttention
 from .pyramid import PyramidAttention, PyramidConfig
 from .registry import create_mixer, list_mixers, mixer_class, mixer_config, register_mixer, seeded
+from .self_guided import SelfGuidedAttention, SelfGuidedConfig
+from .semantic_token import SemanticTokenAttention, SemanticTokenConfig
+from .soft import SoftAttention, SoftConfig
+from .super_token import SuperTokenAttention, SuperTokenConfig
+from .token_merge import TokenMergeAttention, TokenMergeConfig
 
 __all__ = [
     "PROJECTIONS",
@@ -26,12 +33,16 @@ __all__ = [
     "FocusedCalibration",
     "FocusedLinearAttention",
     "FocusedLinearConfig",
+    "GlobalQueryAttention",
+    "GlobalQueryConfig",
     "Grid",
     "JoinInputs",
     "LayerCall",
     "LayerChoice",
     "LayerMixer",
     "LayerShape",
+    "LookupAttention",
+    "LookupConfig",
     "Mixed",
     "Mixer",
     "MixerConfig",
@@ -41,8 +52,18 @@ __all__ = [
     "PyramidAttention",
     "PyramidConfig",
     "Reduce",
+    "SelfGuidedAttention",
+    "SelfGuidedConfig",
+    "SemanticTokenAttention",
+    "SemanticTokenConfig",
+    "SoftAttention",
+    "SoftConfig",
     "Statistic",
+    "SuperTokenAttention",
+    "SuperTokenConfig",
     "TextJoin",
+    "TokenMergeAttention",
+    "TokenMergeConfig",
     "Weights",
     "WindowAttention",
     "count_tokens",
