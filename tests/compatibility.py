@@ -21,7 +21,7 @@ MARK = "compatibility"
 STATUSES = ("works", "order matters", "refused")
 NOT_TESTED = "not tested here"
 UNTESTED = {
-    "torchao": "not in constraints.txt; convert first, quantise after; `merge` refuses its tensors",
+    "torchao": "not in constraints.txt",
     "bitsandbytes": "not in constraints.txt",
     "gguf": "not in constraints.txt",
     "cache-dit": "not in constraints.txt",
@@ -70,9 +70,9 @@ def page() -> str:
     lines = [
         "# What works beside it",
         "",
-        "Made from marks on tests by `python -m tests.compatibility`, which runs them first; a test fails while this page",
-        "says anything else. *Works*: before and after a conversion, or at any time. *Order matters*: as the remark says.",
-        "*Refused*: an error of one line, and nothing is changed. Tested on tiny random models of the real classes, on a CPU.",
+        "Made from marks on tests by `python -m tests.compatibility`, which runs them first; a test fails while this",
+        "page says anything else. *Works*: as the remark says, or in any order. *Order matters*: the remark says how.",
+        "*Refused*: an error, and nothing is changed. All on tiny random models of the real classes, on a CPU.",
         "",
         "| | status | | test |",
         "|---|---|---|---|",
