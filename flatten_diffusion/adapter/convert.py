@@ -37,7 +37,7 @@ from ..models.guiders import register_like
 from .adapter import Adapter
 from .config import AdapterConfig, resolve_config
 from .handle import ADAPTER, OURS, build_layer, place_of
-from .offloading import is_group_offloaded, is_offloaded
+from .offloading import is_offloaded, is_offloaded_in_groups
 
 logger = logging.get_logger(__name__)
 
@@ -175,7 +175,7 @@ def _is_converted(model: nn.Module, found: Sequence[LayerInfo]) -> bool:
 
 def check_in_place(model: nn.Module) -> None:
     """Raise ValueError where groups of modules are moved in and out: what is added later would stay behind."""
-    if any(is_group_offloaded(module) for module in model.modules()):
+    if is_offloaded_in_groups(model):
         raise ValueError(f"This {type(model).__name__} is offloaded in groups: convert before enabling group offload.")
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..mixers import ProjectionDelta
 from ..models import ConvertedLayer, Projection, find_projection
 from .handle import AdapterHandle
-from .offloading import is_group_offloaded, is_offloaded
+from .offloading import is_offloaded, is_offloaded_in_groups
 
 logger = logging.get_logger(__name__)
 
@@ -194,7 +194,7 @@ def _added_to(
 
 def _check_in_place(handle: AdapterHandle) -> None:
     """Raise ValueError where groups of modules are moved in and out: a stream writes back the weights that it kept."""
-    if any(is_group_offloaded(module) for module in handle.model.modules()):
+    if is_offloaded_in_groups(handle.model):
         raise ValueError("The model is offloaded in groups: merge() and unmerge() before enabling group offload.")
 
 
@@ -203,8 +203,8 @@ def _check_additive(name: str, linear: nn.Linear, module: Any) -> None:
     plain = hasattr(module, "lora_A") and len(getattr(module, "lora_magnitude_vector", ())) == 0
     if module is not linear and not plain:
         raise ValueError(
-            f"{name} carries an adapter that scales the weight (DoRA, IA3), and would scale the addition too: fuse or "
-            "delete it before merge()."
+            f"{name} carries an adapter that scales the weight (DoRA, IA3), and would scale the addition too: delete "
+            "it before merge()."
         )
 
 

@@ -61,6 +61,8 @@ def test_group_offload(kind: str, tmp_path: Any) -> None:
         assert torch.equal(tiny(), native)
     with pytest.raises(ValueError, match="offloaded in groups: merge.. and unmerge.. before"):
         adapter.merge()
+    with pytest.raises(ValueError, match="offloaded: save the adapter before offloading"):
+        adapter.save_pretrained(tmp_path / "late")
     for convert in (lambda: linearize(late.model), lambda: load_adapter(late.model, tmp_path)):
         with pytest.raises(ValueError, match="PixArtTransformer2DModel is offloaded in groups: convert before"):
             convert()
