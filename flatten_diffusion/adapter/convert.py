@@ -37,6 +37,7 @@ from ..models.guiders import register_like
 from .adapter import Adapter
 from .config import AdapterConfig, resolve_config
 from .handle import ADAPTER, OURS, build_layer, place_of
+from .offloading import is_offloaded, is_offloaded_in_groups
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +99,9 @@ def linearize(model_or_pipeline: Any, config: AdapterConfig | str | None = None)
 
     The new parameters have the dtype and device of their layer and require gradients. Freezing the model afterwards
     (peft's `add_adapter` does) freezes them too: `adapter.requires_grad_()` undoes that. They appear in the model's
-    `state_dict`; save them with `Adapter.save_pretrained`, since diffusers' `from_pretrained` would drop them.
+    `state_dict`; save them with `Adapter.save_pretrained`, since diffusers' `from_pretrained` would drop them. They
+    stand among the others in `model.parameters()`: an EMA that was made before does not fit any more, and
+    `ControlNetModel.from_unet` wants the model as it was.
 
     Args:
         model_or_pipeline: a model, or a pipeline with `.unet` or `.transformer`, all of whose denoisers are converted
@@ -121,6 +124,7 @@ def linearize(model_or_pipeline: Any, config: AdapterConfig | str | None = None)
     found = find_attention_layers(model)
     check_unconverted(model, found)
     chosen = _choose(model, found, config)
+    check_in_place(model)
     check_processors(chosen)
     check_supported(chosen, config)
     return attach(model, config, found, build_layers(chosen, config))
@@ -169,6 +173,12 @@ def _is_converted(model: nn.Module, found: Sequence[LayerInfo]) -> bool:
     return traces or any(ADAPTER in part.__dict__ for part in parts_of(model))
 
 
+def check_in_place(model: nn.Module) -> None:
+    """Raise ValueError where groups of modules are moved in and out: what is added later would stay behind."""
+    if is_offloaded_in_groups(model):
+        raise ValueError(f"This {type(model).__name__} is offloaded in groups: convert before enabling group offload.")
+
+
 def check_processors(chosen: Sequence[LayerInfo]) -> None:
     """Raise ValueError when a layer to convert cannot be taken over exactly."""
     for info in chosen:
@@ -189,8 +199,7 @@ def check_processors(chosen: Sequence[LayerInfo]) -> None:
             )
         query = find_projection(attn, "q")
         _check_weight(info.name, None if query is None else query.module(attn).weight)
-        hook = None if query is None else getattr(query.module(attn), "_hf_hook", None)
-        if getattr(hook, "offload", False):
+        if query is not None and is_offloaded(query.module(attn)):
             raise ValueError(f"{info.name} is offloaded layer by layer: convert before enabling sequential offload.")
 
 

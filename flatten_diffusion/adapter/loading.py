@@ -21,7 +21,15 @@ from ..mixers import LayerMixer
 from ..models import LayerInfo, find_attention_layers
 from .adapter import Adapter
 from .config import AdapterConfig
-from .convert import attach, build_layers, check_processors, check_supported, check_unconverted, resolve_model
+from .convert import (
+    attach,
+    build_layers,
+    check_in_place,
+    check_processors,
+    check_supported,
+    check_unconverted,
+    resolve_model,
+)
 from .fingerprint import class_name, fingerprint
 from .saving import CONFIG_NAME, DIGEST, FORMAT_VERSION, HEADER, WEIGHTS_NAME, signature
 
@@ -72,6 +80,7 @@ def load_adapter(
     if min_tokens is not None:
         config = replace(config, min_tokens=min_tokens)
     chosen = _choose_saved(names, found, config_path)
+    check_in_place(model)
     check_processors(chosen)
     check_supported(chosen, config)
     layers = build_layers(chosen, config)

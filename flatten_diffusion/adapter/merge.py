@@ -12,6 +12,7 @@ from torch import nn
 from ..mixers import ProjectionDelta
 from ..models import ConvertedLayer, Projection, find_projection
 from .handle import AdapterHandle
+from .offloading import is_offloaded, is_offloaded_in_groups
 
 logger = logging.get_logger(__name__)
 
@@ -72,6 +73,7 @@ class Merged(NamedTuple):
 def merge(handle: AdapterHandle, merged: list[Merged]) -> None:
     """See `Adapter.merge`; `merged` will say what is. All is checked and computed before the first weight changes."""
     found: dict[int, Merged] = {}
+    _check_in_place(handle)
     for (name, attn), (_, layer, mixer) in zip(handle.attention_modules(), handle.converted_layers(), strict=True):
         if layer.auto or layer.min_tokens:
             raise ValueError(f"{name} stays softmax on small calls (min_tokens), and they need the base weights.")
@@ -84,6 +86,7 @@ def merge(handle: AdapterHandle, merged: list[Merged]) -> None:
             assert projection is not None and isinstance(delta, ProjectionDelta)
             linear = projection.base(attn)
             _check(f"{name}.{key}", linear, projection.module(attn))
+            _check_additive(f"{name}.{key}", linear, projection.module(attn))
             entry = found.setdefault(id(linear), Merged(f"{name}.{key}", linear, *_held(linear), []))
             entry.parts.append(Part.of(attn, projection, delta))
     if not found:
@@ -94,6 +97,7 @@ def merge(handle: AdapterHandle, merged: list[Merged]) -> None:
 def unmerge(handle: AdapterHandle, merged: list[Merged]) -> None:
     """See `Adapter.unmerge`. Everything is checked and computed before the first weight changes."""
     changed: list[str] = []
+    _check_in_place(handle)
     _exchange(handle, merged, [], [(entry.linear, *_unmerged(entry, changed)) for entry in merged])
     if changed:
         logger.warning(
@@ -188,6 +192,22 @@ def _added_to(
     return whole, shifted
 
 
+def _check_in_place(handle: AdapterHandle) -> None:
+    """Raise ValueError where groups of modules are moved in and out: a stream writes back the weights that it kept."""
+    if is_offloaded_in_groups(handle.model):
+        raise ValueError("The model is offloaded in groups: merge() and unmerge() before enabling group offload.")
+
+
+def _check_additive(name: str, linear: nn.Linear, module: Any) -> None:
+    """Raise ValueError where an adapter of peft does not only add to what the weight gives."""
+    plain = hasattr(module, "lora_A") and len(getattr(module, "lora_magnitude_vector", ())) == 0
+    if module is not linear and not plain:
+        raise ValueError(
+            f"{name} carries an adapter that scales the weight (DoRA, IA3), and would scale the addition too: delete "
+            "it before merge()."
+        )
+
+
 def _check(name: str, linear: Any, module: Any) -> None:
     """Raise ValueError unless this is an ordinary linear module whose weight is here to be changed."""
     if not isinstance(linear, nn.Linear):
@@ -203,5 +223,5 @@ def _check(name: str, linear: Any, module: Any) -> None:
             raise ValueError(
                 f"{name} is on the meta device (offloaded): call remove_all_hooks() on the pipeline first."
             )
-    if any(getattr(getattr(part, "_hf_hook", None), "offload", False) for part in (linear, module)):
+    if is_offloaded(linear) or is_offloaded(module):
         raise ValueError(f"{name} is offloaded: call remove_all_hooks() on the pipeline before merge() and unmerge().")

@@ -20,6 +20,7 @@ from ..files import sha256_of_tensors, write_bytes, write_json, write_text
 from .card import model_card
 from .fingerprint import class_name
 from .handle import AdapterHandle
+from .offloading import is_offloaded, is_offloaded_in_groups
 
 FORMAT_VERSION = 2
 CONFIG_NAME = "adapter_config.json"
@@ -75,8 +76,9 @@ def signature(tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any
 
 
 def _materialised(handle: AdapterHandle) -> dict[str, torch.Tensor]:
+    grouped = is_offloaded_in_groups(handle.model)
     for name, layer in handle.layer_mixers():
-        if any(_is_offloaded(part) for part in layer.modules()):
+        if grouped or any(is_offloaded(part) for part in layer.modules()):
             raise ValueError(f"{name} is offloaded: save the adapter before offloading, or remove the hooks first.")
     tensors = {}
     for name, tensor in handle.state_dict().items():
@@ -86,12 +88,6 @@ def _materialised(handle: AdapterHandle) -> dict[str, torch.Tensor]:
         if not tensors[name].isfinite().all():
             raise ValueError(f"{name} has values that are not finite: a diverged adapter is not saved.")
     return tensors
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether a hook of accelerate or diffusers keeps the module's tensors elsewhere (on disk, say)."""
-    group = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False)) or "group_offloading" in group
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

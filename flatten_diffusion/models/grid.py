@@ -99,13 +99,19 @@ class _Replay:
 
 
 class GuardHook:
-    """Forward pre-hook of the model: a converted layer whose processor was replaced must not fall back silently."""
+    """Forward pre-hook of the model: a converted layer whose processor was replaced must not fall back silently, and
+    torch.jit.trace, which would keep the image's size of this one call, is told so before it starts."""
 
     def __init__(self, layers: Sequence[tuple[nn.Module, ConvertedLayer]], expected: tuple[type, ...]) -> None:
         self.layers = list(layers)
         self.expected = expected
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.jit.is_tracing() and any(layer.enabled for _, layer in self.layers):
+            raise RuntimeError(
+                f"A converted {type(module).__name__} cannot be traced by torch.jit: use torch.export.export, or trace "
+                "the original inside adapter.disabled()."
+            )
         for attn, layer in self.layers:
             if layer.enabled and not isinstance(attn.processor, self.expected):
                 raise RuntimeError(

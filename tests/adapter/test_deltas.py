@@ -80,6 +80,7 @@ def _stirred_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.compatibility("merge", "works", "the same outputs up to rounding; `unmerge` is bit-exact")
 @pytest.mark.parametrize("name", ["sd15", "unet2d", "dit"])
 def test_merge_and_back(tmp_path: Path, name: str) -> None:
     tiny = build(name)

@@ -44,6 +44,7 @@ def test_training_free_is_pyramid_where_it_is_faster(monkeypatch: pytest.MonkeyP
     assert "tokens (measured)" in str(adapter.report())
 
 
+@pytest.mark.compatibility("Weights made in inference mode", "refused", "load the model outside `torch.inference_mode`")
 def test_weights_of_inference_mode() -> None:
     with torch.inference_mode():
         tiny = build("sd15")
@@ -75,6 +76,7 @@ def test_a_copy_made_inside_disabled_is_enabled_and_of_its_own() -> None:
         assert torch.equal(tiny(), converted)
 
 
+@pytest.mark.compatibility("Group offload to disk", "refused", "by `adapter.save_pretrained`: save before")
 def test_group_offload_to_disk_is_refused_when_saving(tmp_path: Path) -> None:
     from diffusers.hooks import apply_group_offloading
 

@@ -25,6 +25,9 @@ def _unhook(model: torch.nn.Module) -> None:
 
 
 # Other models fail natively: diffusers does not know their processors, or the outputs' shapes.
+@pytest.mark.compatibility(
+    "Guiders that skip layers", "works", "skipped attention and skipped scores, as diffusers does them"
+)
 @pytest.mark.parametrize(
     ("name", "scores"),
     [("pixart", False), ("pixart", True), ("cogview4", False), ("cogview4", True), ("qwenimage", True)],
@@ -53,6 +56,9 @@ def test_skipped_attention_is_skipped_converted_too(name: str, scores: bool) -> 
     assert not torch.allclose(skipped, converted)
 
 
+@pytest.mark.compatibility(
+    "PAG pipelines", "order matters", "convert with the perturbed layers in `exclude`; else the next call says so"
+)
 def test_processors_that_guidance_puts_on_layers() -> None:
     base = tiny_pipeline()
     pipeline = diffusers.StableDiffusionPAGPipeline(

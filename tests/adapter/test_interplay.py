@@ -111,6 +111,7 @@ def test_an_unconditional_pipeline():
         assert torch.equal(draw(), native)
 
 
+@pytest.mark.compatibility("ControlNet", "works", "UNet and ControlNet, each converted by itself")
 def test_with_a_controlnet():
     pipe = StableDiffusionControlNetPipeline(**_parts(), controlnet=build("controlnet").model)
     pipe.set_progress_bar_config(disable=True)
@@ -134,6 +135,9 @@ def _add_lora(model):
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
 
 
+@pytest.mark.compatibility(
+    "LoRA", "works", "load it before or after; both train; a later one freezes: `adapter.requires_grad_()`"
+)
 def test_lora_before_and_after(tmp_path):
     pytest.importorskip("peft")
     first, last = build("sd15"), build("sd15")
@@ -176,6 +180,9 @@ def _ip_adapter(model):
     model.set_attn_processor(processors)
 
 
+@pytest.mark.compatibility(
+    "IP-Adapter on UNets", "works", "load it before or after; it stays when the model is restored"
+)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_ip_adapter_processors(when):
     tiny = build("sd15")
@@ -201,6 +208,9 @@ def test_ip_adapter_processors(when):
             assert processor is originals[name]
 
 
+@pytest.mark.compatibility(
+    "IP-Adapter on UNets", "works", "also with the parameter-free swap, which keeps its settings"
+)
 def test_an_ip_adapter_leaves_the_one_line_swap_its_settings():
     tiny, plain = build("sd15"), build("sd15")
     settings = {"focusing_factor": 1.5, "min_tokens": 100}
@@ -237,6 +247,7 @@ def test_wrapped_processors_made_anew_run_what_they_ran():
     assert all(tiny.model.get_submodule(name).processor is native for name, native in originals.items())
 
 
+@pytest.mark.compatibility("torch.compile", "works", "in one graph, `disabled` and `restore` included")
 @pytest.mark.parametrize("name", ["unet2d", "controlnet", "pixart", "dit"])
 def test_compiles_in_one_graph(name):
     tiny = build(name)
@@ -268,6 +279,7 @@ def test_compiles_in_one_graph_large(name):
         torch.testing.assert_close(tiny(compiled), tiny(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compatibility("torch.compile", "works", "with gradients and checkpointing")
 @pytest.mark.parametrize("name", ["sd15", "pixart"])
 def test_compiled_and_checkpointed_gradients(name):
     tiny = build(name)
@@ -276,6 +288,7 @@ def test_compiled_and_checkpointed_gradients(name):
     assert_compiled_gradients(tiny, adapter)
 
 
+@pytest.mark.compatibility("torch.compile", "works", "a compiled model can be converted")
 def test_a_compiled_model_can_be_converted(tmp_path):
     tiny = build("pixart")
     torch._dynamo.reset()
@@ -290,6 +303,7 @@ def test_a_compiled_model_can_be_converted(tmp_path):
             torch.testing.assert_close(tiny(compiled), native, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compatibility("accelerate", "works", "`prepare` after; `restore` through its wrapper")
 def test_wrapped_by_accelerate():
     tiny = build("sd15")
     with torch.no_grad():
@@ -306,6 +320,7 @@ def test_wrapped_by_accelerate():
         assert torch.equal(tiny(wrapped), native)
 
 
+@pytest.mark.compatibility("Sequential offload", "order matters", "convert first; later is refused")
 def test_sequential_offload():
     tiny = build("sd15")
     with torch.no_grad():

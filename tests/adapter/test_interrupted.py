@@ -71,6 +71,7 @@ def processors(model: torch.nn.Module) -> dict[str, Any]:
     return {layer.name: layer.attn.processor for layer in find_attention_layers(model)}
 
 
+@pytest.mark.compatibility("Ctrl-C inside linearize", "works", "the model is as it was")
 @pytest.mark.parametrize("name", ["pixart", "sd3"])
 def test_linearize(name: str) -> None:
     tiny = tiny_of(name)
@@ -89,6 +90,7 @@ def test_linearize(name: str) -> None:
     linearize(tiny.model, CONFIG)
 
 
+@pytest.mark.compatibility("Ctrl-C inside restore", "works", "the next `restore` finishes it")
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("name", ["pixart", "sd3"])
 def test_restore(name: str, merged: bool) -> None:

@@ -295,6 +295,11 @@ def test_set_attn_processor_after_linearize_is_undone_too():
         assert torch.equal(tiny(), native)
 
 
+@pytest.mark.compatibility(
+    "Attention slicing, xFormers, custom processors",
+    "refused",
+    "by the layer's name: put the default back, or `exclude` it",
+)
 @pytest.mark.parametrize(
     "processor",
     [SlicedAttnProcessor(1), AttnProcessor(), XFormersAttnProcessor(), CustomProcessor()],
@@ -365,6 +370,7 @@ def test_a_processor_replaced_behind_our_back_is_named(action, caplog):
             assert torch.equal(tiny(), native)
 
 
+@pytest.mark.compatibility("deepcopy and pickle", "works", "each copy is a conversion of its own")
 def test_a_copy_and_a_pickle_are_conversions_of_their_own():
     tiny = build("sd15")
     with torch.no_grad():
@@ -425,6 +431,7 @@ def test_what_cannot_be_converted_raises():
         linearize({})
 
 
+@pytest.mark.compatibility("Meta device", "works", "convert empty weights, materialise later")
 def test_empty_weights_convert_and_materialise():
     from diffusers import UNet2DConditionModel
 

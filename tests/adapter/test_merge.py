@@ -42,6 +42,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
         assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor), key
 
 
+@pytest.mark.compatibility("Another dtype after `merge`", "works", "`unmerge` follows it")
 @pytest.mark.parametrize("how", ["unmerge", "restore"])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_another_dtype(how: str, rank: int | None) -> None:
@@ -90,6 +91,7 @@ def test_fine_tuning_meanwhile_is_kept(how: str, caplog: pytest.LogCaptureFixtur
         torch.testing.assert_close(found[key], step, rtol=0, atol=1e-6)
 
 
+@pytest.mark.compatibility("fuse_lora", "works", "before or after `merge`, undone in either order, up to rounding")
 @pytest.mark.parametrize("fused_first", [False, True])
 def test_a_lora_fused_meanwhile(fused_first: bool) -> None:
     peft = pytest.importorskip("peft")
@@ -149,6 +151,11 @@ def _subclassed(tiny: Tiny) -> None:
     attn.to_q.weight = nn.Parameter(attn.to_q.weight.data.as_subclass(Packed), requires_grad=False)
 
 
+@pytest.mark.compatibility(
+    "Quantised weights",
+    "refused",
+    "by `merge` and `unmerge`: tensor subclasses and packed weights; so are meta and offloaded ones",
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -14,6 +14,9 @@ from .split_worker import run
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
 
+@pytest.mark.compatibility(
+    "Tokens of one image over processes", "works", "`token_parallel`, for inference with PixArt and DiT"
+)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_the_output_is_that_of_one_process(processes, tmp_path):
     mp.spawn(run, args=(processes, str(tmp_path)), nprocs=processes, join=True)

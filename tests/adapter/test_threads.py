@@ -49,6 +49,9 @@ def together(*jobs: Callable[[], bool], calls: int) -> list[int]:
     return right
 
 
+@pytest.mark.compatibility(
+    "Threads", "works", "other shapes and `disabled` at once; a compiled model wants one thread at a time"
+)
 @pytest.mark.parametrize("name", ["sd15", "pixart", "sd3"])
 def test_other_shapes_and_disabled_at_once(name: str) -> None:
     tiny, adapter, turned = prepared(name)

@@ -23,6 +23,7 @@ def _pipeline() -> tuple[Any, list[Any]]:
     return SimpleNamespace(transformer=models[0].model, transformer_2=models[1].model), models
 
 
+@pytest.mark.compatibility("Two denoisers (Wan 2.2)", "works", "one adapter for both")
 def test_both_are_converted_saved_and_restored(tmp_path: Path) -> None:
     pipeline, models = _pipeline()
     with torch.no_grad():

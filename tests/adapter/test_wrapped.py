@@ -410,6 +410,7 @@ def test_compiles_as_the_native_model_does(name, window):
                 torch.testing.assert_close(tiny(compiled), native, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compatibility("torch.compile", "works", "Flux and its kin: with breaks, or whole with `pin_grid`")
 def test_flux_compiles_with_breaks_or_whole_with_its_grid_pinned():
     tiny = build_wrapped("flux")
     torch._dynamo.reset()

@@ -34,6 +34,7 @@ def launch(folder: Path, output: str, processes: int, batch: int) -> Path:
     return folder / output
 
 
+@pytest.mark.compatibility("DDP", "works", "`examples/distill.py` under torchrun gives the curve of one process")
 def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS * 3))

@@ -14,6 +14,7 @@ def _gradients(adapter, loss):
     return torch.autograd.grad(loss, list(adapter.parameters()))
 
 
+@pytest.mark.compatibility("Gradient checkpointing", "works", "several sizes before one backward pass")
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_two_aspect_ratios_before_one_backward_checkpointed(name):
     tiny = build(name)

@@ -409,6 +409,7 @@ def test_mochi_has_no_set_processor_and_is_found_all_the_same():
     assert len(adapter.layers) == 2
 
 
+@pytest.mark.compatibility("Context parallelism", "refused", "of diffusers' processors")
 def test_a_processor_with_context_parallelism_is_refused():
     attn = nn.Module()
     setattr(attn, LAYER, ConvertedLayer("blocks.0.attn", None, 0))

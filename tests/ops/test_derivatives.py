@@ -84,6 +84,7 @@ def dual_tangent(function, tensors, tangents):
         return joined([forward_ad.unpack_dual(part).tangent for part in parts])
 
 
+@pytest.mark.compatibility("torch.func, forward-mode", "works", "right values through the reference")
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("case", CASES)
 def test_forward_mode(case, grad):
