@@ -2,23 +2,32 @@
 
 from .agent import AgentAttention, AgentCalibration, AgentConfig
 from .base import Calibration, Context, LayerShape, Mixed, Mixer, MixerConfig
+from .block_grid import BlockGridAttention, BlockGridConfig
 from .calibration import CalibratedLayer, LayerCall, MixerInputs, Reduce, Statistic, Weights
 from .focused import FocusedCalibration, FocusedLinearAttention, FocusedLinearConfig
 from .grid import Grid, count_tokens, describe_grid, images_of
+from .inward_window import InwardWindowAttention, InwardWindowConfig
 from .layer import LayerMixer
+from .long_short import LongShortAttention, LongShortConfig
+from .neighborhood import NeighborhoodAttention, NeighborhoodConfig
 from .parts.deltas import PROJECTIONS, ProjectionDelta
 from .parts.feature_maps import FeatureMap, LayerChoice
 from .parts.shares import JoinInputs
 from .parts.text import OtherTokens, TextJoin
 from .parts.window import WindowAttention
+from .positional import PositionalAttention, PositionalConfig
 from .pyramid import PyramidAttention, PyramidConfig
 from .registry import create_mixer, list_mixers, mixer_class, mixer_config, register_mixer, seeded
+from .routing import RoutingAttention, RoutingConfig
+from .window import ShiftedWindowAttention, WindowConfig
 
 __all__ = [
     "PROJECTIONS",
     "AgentAttention",
     "AgentCalibration",
     "AgentConfig",
+    "BlockGridAttention",
+    "BlockGridConfig",
     "CalibratedLayer",
     "Calibration",
     "Context",
@@ -27,24 +36,36 @@ __all__ = [
     "FocusedLinearAttention",
     "FocusedLinearConfig",
     "Grid",
+    "InwardWindowAttention",
+    "InwardWindowConfig",
     "JoinInputs",
     "LayerCall",
     "LayerChoice",
     "LayerMixer",
     "LayerShape",
+    "LongShortAttention",
+    "LongShortConfig",
     "Mixed",
     "Mixer",
     "MixerConfig",
     "MixerInputs",
+    "NeighborhoodAttention",
+    "NeighborhoodConfig",
     "OtherTokens",
+    "PositionalAttention",
+    "PositionalConfig",
     "ProjectionDelta",
     "PyramidAttention",
     "PyramidConfig",
     "Reduce",
+    "RoutingAttention",
+    "RoutingConfig",
+    "ShiftedWindowAttention",
     "Statistic",
     "TextJoin",
     "Weights",
     "WindowAttention",
+    "WindowConfig",
     "count_tokens",
     "create_mixer",
     "describe_grid",
