@@ -10,6 +10,7 @@ from .inward_window import InwardWindowAttention, InwardWindowConfig
 from .layer import LayerMixer
 from .long_short import LongShortAttention, LongShortConfig
 from .neighborhood import NeighborhoodAttention, NeighborhoodConfig
+from .outlook import OutlookAttention, OutlookConfig
 from .parts.deltas import PROJECTIONS, ProjectionDelta
 from .parts.feature_maps import FeatureMap, LayerChoice
 from .parts.shares import JoinInputs
@@ -52,6 +53,8 @@ __all__ = [
     "NeighborhoodAttention",
     "NeighborhoodConfig",
     "OtherTokens",
+    "OutlookAttention",
+    "OutlookConfig",
     "PositionalAttention",
     "PositionalConfig",
     "ProjectionDelta",

@@ -75,9 +75,10 @@ class LongShortAttention(SparseAttention):
         self.input = nn.Linear(2, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.layers = nn.ModuleList(nn.Linear(width, out) for out in (width, width, layer.heads))
-        for linear, std in ((self.input, 0.02), *zip(self.layers, (0.02, 0.02, 1e-3), strict=True)):
-            nn.init.trunc_normal_(linear.weight, std=std)
-            nn.init.zeros_(linear.bias)
+        for linear in self.modules():
+            if isinstance(linear, nn.Linear):
+                nn.init.trunc_normal_(linear.weight, std=1e-3 if linear is self.layers[-1] else 0.02)
+                nn.init.zeros_(linear.bias)
 
     def table(self) -> torch.Tensor:
         """P of all offsets, [heads, 2G - 1, 2G - 1], by key minus query: once per call, not per pair."""
@@ -97,19 +98,26 @@ class LongShortAttention(SparseAttention):
     def axes(self, size: tuple[int, int], kind: str, device: torch.device) -> tuple[Axis, Axis]:
         """See `SparseAttention.axes`."""
         rows, columns = (
-            groups(length, self.config.size, **self._layout(length, kind), device=device) for length in size
+            groups(length, self.config.size, interval=self._apart(kind), start=self._start(length, kind), device=device)
+            for length in size
         )
         return rows, columns
 
     def patterns(self, size: tuple[int, int], kind: str, device: torch.device) -> tuple[Pattern, Pattern]:
         """See `SparseAttention.patterns`."""
         rows, columns = (
-            groups_pattern(length, self.config.size, **self._layout(length, kind), device=device) for length in size
+            groups_pattern(
+                length, self.config.size, interval=self._apart(kind), start=self._start(length, kind), device=device
+            )
+            for length in size
         )
         return rows, columns
 
-    def _layout(self, length: int, kind: str) -> dict[str, int]:
-        """The interval, and where the first tile begins."""
-        interval = self.config.interval if kind == "long" else 1
-        short = -length % (self.config.size * interval)
-        return {"interval": interval, "start": -(short // 2) if self.config.centred else 0}
+    def _apart(self, kind: str) -> int:
+        interval: int = self.config.interval
+        return interval if kind == "long" else 1
+
+    def _start(self, length: int, kind: str) -> int:
+        """Where the first tile begins."""
+        missing: int = -length % (self.config.size * self._apart(kind))
+        return -(missing // 2) if self.config.centred else 0

@@ -61,7 +61,7 @@ class PositionalAttention(Mixer):
     cost = "O(N^2)"
     source = "d'Ascoli et al., ConViT, ICML 2021"
     needs = frozenset({"grid"})
-    supports = frozenset({"mask", "frames", "compile"})
+    supports = frozenset({"mask", "frames", "text", "compile"})
 
     def __init__(self, config: PositionalConfig, layer: LayerShape) -> None:
         super().__init__(config, layer)
@@ -80,9 +80,9 @@ class PositionalAttention(Mixer):
             key, value = (x.masked_fill(~mask[:, :, None, None], 0.0) for x in (key, value))
         kept = None if mask is None else (mask | ~mask.any(dim=1, keepdim=True))[:, None, None]
         with torch.autocast(query.device.type, enabled=False):
-            parts = (x.transpose(1, 2) for x in (query, key, value))
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             content = nn.functional.scaled_dot_product_attention(
-                *parts, attn_mask=kept, scale=context.softmax_scale(query)
+                q, k, v, attn_mask=kept, scale=context.softmax_scale(query)
             ).transpose(1, 2)
             place = self._by_place(value.to(dtype), mask, context)
             share = self.gate.to(dtype).sigmoid()[:, None]

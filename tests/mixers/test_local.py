@@ -22,6 +22,7 @@ from flatten_diffusion.mixers import (
     Mixer,
     MixerConfig,
     NeighborhoodConfig,
+    OutlookConfig,
     PositionalConfig,
     RoutingConfig,
     WindowConfig,
@@ -443,6 +444,46 @@ def test_positional_spelt_out() -> None:
             torch.testing.assert_close(output[n], torch.einsum("hm,mhd->hd", weights, value[0, kept]))
 
 
+@golden
+@pytest.mark.parametrize("case", [1, 2, 3])
+def test_outlook_is_volo(case: int) -> None:
+    saved, meta = _load(f"volo_outlook_case{case}")
+    heads, dim = int(meta["heads"]), int(meta["dim"])
+    height, width = map(int, meta["grid"].split("x"))
+    config = OutlookConfig(kernel_size=int(meta["kernel_size"]), stride=int(meta["stride"]))
+    mixer = create_mixer(config, LayerShape(heads, dim // heads, dim), dtype=torch.float64)
+    learned = _with_parameters(mixer, {"weight": ("attn.weight", _same), "bias": ("attn.bias", _same)}, saved)
+    names = [name for name in ("v.weight", "v.bias", "proj.weight", "proj.bias") if f"param.{name}" in saved]
+    leaves = {name: saved[f"param.{name}"].clone().requires_grad_() for name in names}
+    x = saved["x"].flatten(1, 2).requires_grad_()
+    for compute in (mixer, mixer.reference):
+        value = F.linear(x, leaves["v.weight"], leaves.get("v.bias")).unflatten(-1, (heads, -1))
+        mixed = compute(value, value, value, Context((height, width), hidden_states=x)).output.flatten(2)
+        out = F.linear(mixed, leaves["proj.weight"], leaves["proj.bias"])
+        _near(out, saved["out"])
+        wanted = ["grad_x", "grad.attn.weight", "grad.attn.bias", *(f"grad.{name}" for name in names)]
+        grads = torch.autograd.grad(out, [x, *learned, *leaves.values()], saved["grad_out"].flatten(1, 2))
+        for name, grad in zip(wanted, grads, strict=True):
+            _near(grad, saved[name], name)
+
+
+def test_outlook_asks_for_the_input_of_these_samples() -> None:
+    _, _, value, context = tensors((5, 6), LayerShape(2, 4, 8), dtype=torch.float32)
+    with pytest.raises(ValueError, match="input is of 2 samples, its values of 1"):
+        create_mixer("outlook", LayerShape(2, 4, 8))(value[:1], value[:1], value[:1], context)
+
+
+def test_outlook_starts_as_a_smoothing_filter() -> None:
+    """Without learned weights every token is the mean over the centres' windows, twice."""
+    shape = LayerShape(2, 4, 8)
+    _, _, value, context = tensors((5, 6), shape)
+    mixed = create_mixer("outlook", shape, dtype=torch.float64)(value, value, value, context).output
+    picture = value.unflatten(1, (5, 6)).permute(0, 3, 4, 1, 2).flatten(0, 1)
+    box = F.avg_pool2d(picture, 3, stride=1, padding=1)  # outside the picture are zeros, which count
+    expected = 9 * F.avg_pool2d(box, 3, stride=1, padding=1).unflatten(0, (2, 2)).flatten(3).permute(0, 3, 1, 2)
+    torch.testing.assert_close(mixed, expected)
+
+
 LIMITS = [
     (NeighborhoodConfig(kernel_size=10), "the kernel holds the picture"),
     (NeighborhoodConfig(kernel_size=10, stride=3, bias=False), "the kernel holds the picture"),
@@ -478,9 +519,7 @@ EXAMPLES = [NeighborhoodConfig(), WindowConfig(), BlockGridConfig(), InwardWindo
 
 
 @pytest.mark.parametrize("config", EXAMPLES, ids=[config.name for config in EXAMPLES])
-def test_without_gradients_it_goes_in_blocks(
-    config: MixerConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_gradients_it_goes_in_blocks(config: MixerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from flatten_diffusion.mixers.parts import sparse
 
     shape = LayerShape(2, 4, 8)
@@ -555,6 +594,9 @@ BAD: list[tuple[type[MixerConfig], dict[str, Any]]] = [
     (RoutingConfig, {"pool": 0}),
     (PositionalConfig, {"gate": float("inf")}),
     (PositionalConfig, {"locality": 0}),
+    (OutlookConfig, {"kernel_size": 4}),
+    (OutlookConfig, {"kernel_size": 9}),
+    (OutlookConfig, {"stride": 3}),
 ]
 
 

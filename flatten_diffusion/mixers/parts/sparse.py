@@ -177,6 +177,7 @@ class SparseAttention(Mixer):
     needs = frozenset({"grid"})
     supports = frozenset({"mask", "frames", "text", "compile"})
     exact_partition = True
+    bias: nn.Parameter | None
     zeros: bool = False
 
     def _biases(self, layer: LayerShape, reach: tuple[int, int]) -> nn.Parameter:
@@ -196,8 +197,7 @@ class SparseAttention(Mixer):
 
     def table(self) -> torch.Tensor | None:
         """The position biases."""
-        bias: torch.Tensor | None = self.bias
-        return bias
+        return self.bias
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> Mixed:
         """See `Mixer.forward`. Raises ValueError unless the grid is of one image that the tokens fill."""
