@@ -2,30 +2,40 @@
 
 from .agent import AgentAttention, AgentCalibration, AgentConfig
 from .base import Calibration, Context, LayerShape, Mixed, Mixer, MixerConfig
+from .block_grid import BlockGridAttention, BlockGridConfig
 from .calibration import CalibratedLayer, LayerCall, MixerInputs, Reduce, Statistic, Weights
 from .focused import FocusedCalibration, FocusedLinearAttention, FocusedLinearConfig
 from .global_query import GlobalQueryAttention, GlobalQueryConfig
 from .grid import Grid, count_tokens, describe_grid, images_of
+from .inward_window import InwardWindowAttention, InwardWindowConfig
 from .layer import LayerMixer
+from .long_short import LongShortAttention, LongShortConfig
 from .lookup import LookupAttention, LookupConfig
+from .neighborhood import NeighborhoodAttention, NeighborhoodConfig
+from .outlook import OutlookAttention, OutlookConfig
 from .parts.deltas import PROJECTIONS, ProjectionDelta
 from .parts.feature_maps import FeatureMap, LayerChoice
 from .parts.shares import JoinInputs
 from .parts.text import OtherTokens, TextJoin
 from .parts.window import WindowAttention
+from .positional import PositionalAttention, PositionalConfig
 from .pyramid import PyramidAttention, PyramidConfig
 from .registry import create_mixer, list_mixers, mixer_class, mixer_config, register_mixer, seeded
+from .routing import RoutingAttention, RoutingConfig
 from .self_guided import SelfGuidedAttention, SelfGuidedConfig
 from .semantic_token import SemanticTokenAttention, SemanticTokenConfig
 from .soft import SoftAttention, SoftConfig
 from .super_token import SuperTokenAttention, SuperTokenConfig
 from .token_merge import TokenMergeAttention, TokenMergeConfig
+from .window import ShiftedWindowAttention, WindowConfig
 
 __all__ = [
     "PROJECTIONS",
     "AgentAttention",
     "AgentCalibration",
     "AgentConfig",
+    "BlockGridAttention",
+    "BlockGridConfig",
     "CalibratedLayer",
     "Calibration",
     "Context",
@@ -36,26 +46,39 @@ __all__ = [
     "GlobalQueryAttention",
     "GlobalQueryConfig",
     "Grid",
+    "InwardWindowAttention",
+    "InwardWindowConfig",
     "JoinInputs",
     "LayerCall",
     "LayerChoice",
     "LayerMixer",
     "LayerShape",
+    "LongShortAttention",
+    "LongShortConfig",
     "LookupAttention",
     "LookupConfig",
     "Mixed",
     "Mixer",
     "MixerConfig",
     "MixerInputs",
+    "NeighborhoodAttention",
+    "NeighborhoodConfig",
     "OtherTokens",
+    "OutlookAttention",
+    "OutlookConfig",
+    "PositionalAttention",
+    "PositionalConfig",
     "ProjectionDelta",
     "PyramidAttention",
     "PyramidConfig",
     "Reduce",
+    "RoutingAttention",
+    "RoutingConfig",
     "SelfGuidedAttention",
     "SelfGuidedConfig",
     "SemanticTokenAttention",
     "SemanticTokenConfig",
+    "ShiftedWindowAttention",
     "SoftAttention",
     "SoftConfig",
     "Statistic",
@@ -66,6 +89,7 @@ __all__ = [
     "TokenMergeConfig",
     "Weights",
     "WindowAttention",
+    "WindowConfig",
     "count_tokens",
     "create_mixer",
     "describe_grid",
