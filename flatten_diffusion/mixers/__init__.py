@@ -1,11 +1,17 @@
 """Mixers: one file per mechanism, holding what one attention layer learns. Found by name in the registry."""
 
 from .agent import AgentAttention, AgentCalibration, AgentConfig
+from .angular import AngularAttention, AngularConfig
 from .base import Calibration, Context, LayerShape, Mixed, Mixer, MixerConfig
 from .calibration import CalibratedLayer, LayerCall, MixerInputs, Reduce, Statistic, Weights
+from .elu import EluAttention, EluConfig
 from .focused import FocusedCalibration, FocusedLinearAttention, FocusedLinearConfig
 from .grid import Grid, count_tokens, describe_grid, images_of
+from .hedgehog import HedgehogAttention, HedgehogConfig
+from .inline import InLineAttention, InLineConfig
 from .layer import LayerMixer
+from .linfusion import LinFusionAttention, LinFusionConfig
+from .mala import MalaAttention, MalaConfig
 from .parts.deltas import PROJECTIONS, ProjectionDelta
 from .parts.feature_maps import FeatureMap, LayerChoice
 from .parts.shares import JoinInputs
@@ -13,25 +19,39 @@ from .parts.text import OtherTokens, TextJoin
 from .parts.window import WindowAttention
 from .pyramid import PyramidAttention, PyramidConfig
 from .registry import create_mixer, list_mixers, mixer_class, mixer_config, register_mixer, seeded
+from .relu import ReluAttention, ReluConfig
+from .taylor import TaylorAttention, TaylorConfig
 
 __all__ = [
     "PROJECTIONS",
     "AgentAttention",
     "AgentCalibration",
     "AgentConfig",
+    "AngularAttention",
+    "AngularConfig",
     "CalibratedLayer",
     "Calibration",
     "Context",
+    "EluAttention",
+    "EluConfig",
     "FeatureMap",
     "FocusedCalibration",
     "FocusedLinearAttention",
     "FocusedLinearConfig",
     "Grid",
+    "HedgehogAttention",
+    "HedgehogConfig",
+    "InLineAttention",
+    "InLineConfig",
     "JoinInputs",
     "LayerCall",
     "LayerChoice",
     "LayerMixer",
     "LayerShape",
+    "LinFusionAttention",
+    "LinFusionConfig",
+    "MalaAttention",
+    "MalaConfig",
     "Mixed",
     "Mixer",
     "MixerConfig",
@@ -41,7 +61,11 @@ __all__ = [
     "PyramidAttention",
     "PyramidConfig",
     "Reduce",
+    "ReluAttention",
+    "ReluConfig",
     "Statistic",
+    "TaylorAttention",
+    "TaylorConfig",
     "TextJoin",
     "Weights",
     "WindowAttention",
