@@ -1,16 +1,22 @@
 """Mixers: one file per mechanism, holding what one attention layer learns. Found by name in the registry."""
 
 from .agent import AgentAttention, AgentCalibration, AgentConfig
+from .angular import AngularAttention, AngularConfig
 from .base import Calibration, Context, LayerShape, Mixed, Mixer, MixerConfig
 from .block_grid import BlockGridAttention, BlockGridConfig
 from .calibration import CalibratedLayer, LayerCall, MixerInputs, Reduce, Statistic, Weights
+from .elu import EluAttention, EluConfig
 from .focused import FocusedCalibration, FocusedLinearAttention, FocusedLinearConfig
 from .global_query import GlobalQueryAttention, GlobalQueryConfig
 from .grid import Grid, count_tokens, describe_grid, images_of
+from .hedgehog import HedgehogAttention, HedgehogConfig
+from .inline import InLineAttention, InLineConfig
 from .inward_window import InwardWindowAttention, InwardWindowConfig
 from .layer import LayerMixer
+from .linfusion import LinFusionAttention, LinFusionConfig
 from .long_short import LongShortAttention, LongShortConfig
 from .lookup import LookupAttention, LookupConfig
+from .mala import MalaAttention, MalaConfig
 from .neighborhood import NeighborhoodAttention, NeighborhoodConfig
 from .outlook import OutlookAttention, OutlookConfig
 from .parts.deltas import PROJECTIONS, ProjectionDelta
@@ -21,11 +27,13 @@ from .parts.window import WindowAttention
 from .positional import PositionalAttention, PositionalConfig
 from .pyramid import PyramidAttention, PyramidConfig
 from .registry import create_mixer, list_mixers, mixer_class, mixer_config, register_mixer, seeded
+from .relu import ReluAttention, ReluConfig
 from .routing import RoutingAttention, RoutingConfig
 from .self_guided import SelfGuidedAttention, SelfGuidedConfig
 from .semantic_token import SemanticTokenAttention, SemanticTokenConfig
 from .soft import SoftAttention, SoftConfig
 from .super_token import SuperTokenAttention, SuperTokenConfig
+from .taylor import TaylorAttention, TaylorConfig
 from .token_merge import TokenMergeAttention, TokenMergeConfig
 from .window import ShiftedWindowAttention, WindowConfig
 
@@ -34,11 +42,15 @@ __all__ = [
     "AgentAttention",
     "AgentCalibration",
     "AgentConfig",
+    "AngularAttention",
+    "AngularConfig",
     "BlockGridAttention",
     "BlockGridConfig",
     "CalibratedLayer",
     "Calibration",
     "Context",
+    "EluAttention",
+    "EluConfig",
     "FeatureMap",
     "FocusedCalibration",
     "FocusedLinearAttention",
@@ -46,6 +58,10 @@ __all__ = [
     "GlobalQueryAttention",
     "GlobalQueryConfig",
     "Grid",
+    "HedgehogAttention",
+    "HedgehogConfig",
+    "InLineAttention",
+    "InLineConfig",
     "InwardWindowAttention",
     "InwardWindowConfig",
     "JoinInputs",
@@ -53,10 +69,14 @@ __all__ = [
     "LayerChoice",
     "LayerMixer",
     "LayerShape",
+    "LinFusionAttention",
+    "LinFusionConfig",
     "LongShortAttention",
     "LongShortConfig",
     "LookupAttention",
     "LookupConfig",
+    "MalaAttention",
+    "MalaConfig",
     "Mixed",
     "Mixer",
     "MixerConfig",
@@ -72,6 +92,8 @@ __all__ = [
     "PyramidAttention",
     "PyramidConfig",
     "Reduce",
+    "ReluAttention",
+    "ReluConfig",
     "RoutingAttention",
     "RoutingConfig",
     "SelfGuidedAttention",
@@ -84,6 +106,8 @@ __all__ = [
     "Statistic",
     "SuperTokenAttention",
     "SuperTokenConfig",
+    "TaylorAttention",
+    "TaylorConfig",
     "TextJoin",
     "TokenMergeAttention",
     "TokenMergeConfig",

@@ -146,7 +146,7 @@ def exchange(
         return counted(query, key, value, mask)
     if key.shape[2] != query.shape[2]:
         key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
-    hidden_states = seen.hidden_states if isinstance(seen, SeenAttention) else None
+    hidden_states = seen.input_of(query.shape[0]) if isinstance(seen, SeenAttention) else None
     if layer.place == "alone":
         return mix(layer, mixer, query, key, value, None, padding, scale, hidden_states)
     return _joint(layer, mixer, query, key, value, mask, padding, scale, counted, hidden_states)

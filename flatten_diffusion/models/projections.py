@@ -149,6 +149,7 @@ class SeenAttention:
         self.attn = attn
         self.has_deltas = len(deltas) > 0
         self.hidden_states = hidden_states
+        self._samples = 0
         whole: dict[str, list[Any]] = {}
         for name in ("q", "k", "v", "out"):
             if name not in deltas:
@@ -166,6 +167,14 @@ class SeenAttention:
                 self.to_out = [_Added(attn.to_out[0], parts), *list(attn.to_out)[1:]]
             else:
                 setattr(self, path, _Added(getattr(attn, path), parts))
+
+    def input_of(self, samples: int) -> torch.Tensor | None:
+        """The layer's input for a product over so many samples: all of it, or the next ones where the native code runs
+        sample by sample (Mochi)."""
+        if self.hidden_states is None or samples >= len(self.hidden_states):
+            return self.hidden_states
+        self._samples += samples
+        return self.hidden_states[self._samples - samples : self._samples]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.attn, name)
