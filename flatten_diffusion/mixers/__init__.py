@@ -12,15 +12,19 @@ from .inline import InLineAttention, InLineConfig
 from .layer import LayerMixer
 from .linfusion import LinFusionAttention, LinFusionConfig
 from .mala import MalaAttention, MalaConfig
+from .multi_scale import MultiScaleAttention, MultiScaleConfig
 from .parts.deltas import PROJECTIONS, ProjectionDelta
 from .parts.feature_maps import FeatureMap, LayerChoice
 from .parts.shares import JoinInputs
 from .parts.text import OtherTokens, TextJoin
 from .parts.window import WindowAttention
+from .polarity import PolarityAttention, PolarityConfig
 from .pyramid import PyramidAttention, PyramidConfig
+from .rala import RalaAttention, RalaConfig
 from .registry import create_mixer, list_mixers, mixer_class, mixer_config, register_mixer, seeded
 from .relu import ReluAttention, ReluConfig
 from .taylor import TaylorAttention, TaylorConfig
+from .vicinity import VicinityAttention, VicinityConfig
 
 __all__ = [
     "PROJECTIONS",
@@ -56,10 +60,16 @@ __all__ = [
     "Mixer",
     "MixerConfig",
     "MixerInputs",
+    "MultiScaleAttention",
+    "MultiScaleConfig",
     "OtherTokens",
+    "PolarityAttention",
+    "PolarityConfig",
     "ProjectionDelta",
     "PyramidAttention",
     "PyramidConfig",
+    "RalaAttention",
+    "RalaConfig",
     "Reduce",
     "ReluAttention",
     "ReluConfig",
@@ -67,6 +77,8 @@ __all__ = [
     "TaylorAttention",
     "TaylorConfig",
     "TextJoin",
+    "VicinityAttention",
+    "VicinityConfig",
     "Weights",
     "WindowAttention",
     "count_tokens",

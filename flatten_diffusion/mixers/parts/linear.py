@@ -187,8 +187,8 @@ def _moments(call: LayerCall, mixer: Mixer) -> torch.Tensor:
     inputs = call.inputs
     wanted = call.product if inputs.rest is None else call.product - inputs.rest
     features = inputs.shared(inputs.mix(mixer).float())
-    by_head = (x.permute(2, 0, 1, 3).flatten(1, 2) for x in (features, wanted))
-    return second_moments(*by_head, call.weights.token_roots(wanted))
+    by_head, targets = (x.permute(2, 0, 1, 3).flatten(1, 2) for x in (features, wanted))
+    return second_moments(by_head, targets, call.weights.token_roots(wanted))
 
 
 def fit_gain(
