@@ -17,6 +17,7 @@ from .linfusion import LinFusionAttention, LinFusionConfig
 from .long_short import LongShortAttention, LongShortConfig
 from .lookup import LookupAttention, LookupConfig
 from .mala import MalaAttention, MalaConfig
+from .multi_scale import MultiScaleAttention, MultiScaleConfig
 from .neighborhood import NeighborhoodAttention, NeighborhoodConfig
 from .outlook import OutlookAttention, OutlookConfig
 from .parts.deltas import PROJECTIONS, ProjectionDelta
@@ -24,8 +25,10 @@ from .parts.feature_maps import FeatureMap, LayerChoice
 from .parts.shares import JoinInputs
 from .parts.text import OtherTokens, TextJoin
 from .parts.window import WindowAttention
+from .polarity import PolarityAttention, PolarityConfig
 from .positional import PositionalAttention, PositionalConfig
 from .pyramid import PyramidAttention, PyramidConfig
+from .rala import RalaAttention, RalaConfig
 from .registry import create_mixer, list_mixers, mixer_class, mixer_config, register_mixer, seeded
 from .relu import ReluAttention, ReluConfig
 from .routing import RoutingAttention, RoutingConfig
@@ -35,6 +38,7 @@ from .soft import SoftAttention, SoftConfig
 from .super_token import SuperTokenAttention, SuperTokenConfig
 from .taylor import TaylorAttention, TaylorConfig
 from .token_merge import TokenMergeAttention, TokenMergeConfig
+from .vicinity import VicinityAttention, VicinityConfig
 from .window import ShiftedWindowAttention, WindowConfig
 
 __all__ = [
@@ -81,16 +85,22 @@ __all__ = [
     "Mixer",
     "MixerConfig",
     "MixerInputs",
+    "MultiScaleAttention",
+    "MultiScaleConfig",
     "NeighborhoodAttention",
     "NeighborhoodConfig",
     "OtherTokens",
     "OutlookAttention",
     "OutlookConfig",
+    "PolarityAttention",
+    "PolarityConfig",
     "PositionalAttention",
     "PositionalConfig",
     "ProjectionDelta",
     "PyramidAttention",
     "PyramidConfig",
+    "RalaAttention",
+    "RalaConfig",
     "Reduce",
     "ReluAttention",
     "ReluConfig",
@@ -111,6 +121,8 @@ __all__ = [
     "TextJoin",
     "TokenMergeAttention",
     "TokenMergeConfig",
+    "VicinityAttention",
+    "VicinityConfig",
     "Weights",
     "WindowAttention",
     "WindowConfig",

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flatten_diffusion.mixers import Context, LayerShape, Mixed, Mixer, MixerConfig, create_mixer, mixer_config
 from flatten_diffusion.mixers.parts.gated import rotated
+from flatten_diffusion.models.projections import SeenAttention
 
 from .registered import stirred, tensors
 
@@ -89,6 +93,20 @@ def by_pairs(
     return out
 
 
+NAMES = (
+    "angular",
+    "elu",
+    "hedgehog",
+    "inline",
+    "linfusion",
+    "mala",
+    "multi-scale",
+    "polarity",
+    "rala",
+    "relu",
+    "taylor",
+)
+NAMES += ("vicinity",)
 SHAPE = LayerShape(3, 8, 24)
 GRID = (2, 5)
 
@@ -382,7 +400,206 @@ def test_mala_pair_by_pair(rotary: bool) -> None:
     torch.testing.assert_close(mixer(query, key, value, context).output, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["linfusion", "inline", "mala"])
+@authors("rala_case1", "rala_case2", "rala_case3")
+def test_rala_is_the_authors(name: str) -> None:
+    check(name, lambda saved, meta: gated("rala", saved, meta))
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_rala_pair_by_pair(rotary: bool) -> None:
+    query, key, value, context = tensors(GRID, SHAPE)
+    mixer = stirred(mixer_config({"name": "rala", "rotary": rotary, "kernel_size": 0}), SHAPE)
+    expected = torch.zeros_like(value)
+    queries, keys, count = elu_features(query, mixer), elu_features(key, mixer), key.shape[1]
+    for b, n, h in torch.cartesian_prod(*(torch.arange(size) for size in query.shape[:3])).tolist():
+        mean = queries[b, :, h].mean(0)
+        share = torch.stack([(mean @ keys[b, m, h] * 0.3).exp() for m in range(count)])
+        share = share / share.sum()
+        total, mass = 0, 0
+        for m in range(count):
+            pair = (queries[b, n, h], count * share[m] * keys[b, m, h])
+            q, k = (turned(pair[0], n), turned(pair[1], m)) if rotary else pair
+            total, mass = total + (q @ k) / count * value[b, m, h], mass + pair[0] @ pair[1] / count
+        rows = slice(8 * h, 8 * h + 8)
+        gate = mixer.gate_weight[rows] @ context.hidden_states[b, n] + mixer.gate_bias[rows]
+        expected[b, n, h] = total / (mass + 1e-6) * gate
+    found = mixer(query, key, value, context._replace(scale=0.3)).output
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@authors("polaformer_case1", "polaformer_case2", "polaformer_swin_case1")
+def test_polarity_is_the_authors(name: str) -> None:
+    def compute(saved: Saved, meta: dict[str, str]) -> torch.Tensor:
+        heads, channels, x = int(meta["heads"]), int(meta["dim"]), saved["x"]
+        grid = tuple(map(int, meta["grid"].split("x")))
+        parts: Saved = {}
+        for layer, names in (("qg", "qg"), ("kv", "kv"), ("qkvg", "qkvg")):
+            if f"param.{layer}.weight" in saved:
+                weights = saved[f"param.{layer}.weight"].split(channels)
+                bias = saved.get(f"param.{layer}.bias", x.new_zeros(len(names) * channels)).split(channels)
+                parts |= {f"{n}.weight": w for n, w in zip(names, weights, strict=True)}
+                parts |= {f"{n}.bias": b for n, b in zip(names, bias, strict=True)}
+        given = {
+            "gate_weight": parts["g.weight"],
+            "gate_bias": parts["g.bias"],
+            "scale": saved["param.scale"].flatten(),
+            "power": saved["param.power"].reshape(heads, -1),
+            "position": saved["param.positional_encoding"][0].T.reshape(channels, *grid),
+            "conv_weight": saved["param.dwc.weight"].repeat(heads, 1, 1, 1),  # one kernel for all heads
+            "conv_bias": saved["param.dwc.bias"].repeat(heads),
+        }
+        settings = {"name": "polarity", "alpha": float(meta["alpha"]), "kernel_size": int(meta["kernel_size"])}
+        projections = [F.linear(x, parts[f"{n}.weight"], parts[f"{n}.bias"]) for n in "qkv"]
+        mixed = both(mixer_config(settings), meta, projections, Context(grid, hidden_states=x), given)
+        return linear(saved, "proj", mixed)
+
+    check(name, compute)
+
+
+def test_polarity_pair_by_pair() -> None:
+    query, key, value, context = tensors(GRID, SHAPE)
+    config = mixer_config({"name": "polarity", "alpha": 2, "kernel_size": 0, "gate": False, "position_size": 0})
+    mixer = stirred(config, SHAPE)
+    tau = (1 + mixer.scale.exp()).log().reshape(3, 8)
+    power = 1 + 2 / (1 + (-mixer.power).exp())
+
+    def weight(q: torch.Tensor, k: torch.Tensor, head: int, sign: int) -> torch.Tensor:
+        terms = []
+        for c in range(8):
+            same = sign * q[c] * k[c] > 0
+            terms.append((q[c].abs() * k[c].abs() / tau[head, c] ** 2) ** power[head, c] if same else 0 * q[c])
+        return torch.stack(terms).sum()
+
+    found = mixer(query, key, value, context).output
+    for sign, half in ((1, slice(0, 4)), (-1, slice(4, 8))):
+        expected = by_pairs(query, key, value, lambda q, k, h, sign=sign: weight(q, k, h, sign))
+        torch.testing.assert_close(found[..., half], expected[..., half], rtol=1e-4, atol=1e-4)  # but for its eps
+
+
+def test_positions_follow_the_grid() -> None:
+    query, key, value, context = tensors(GRID, SHAPE)
+    mixer = stirred(mixer_config({"name": "polarity", "gate": False, "kernel_size": 0, "position_size": 2}), SHAPE)
+    found = mixer(query, key, value, context).output
+    table = F.interpolate(mixer.position[None], size=GRID, mode="bilinear", align_corners=False)
+    moved = key + table[0].flatten(1).T.unflatten(1, (3, 8))
+    with torch.no_grad():
+        mixer.position.zero_()
+    torch.testing.assert_close(mixer(query, moved, value, context).output, found, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="holds 10 tokens"):
+        mixer(query, key, value, context._replace(grid=(3, 3)))
+
+
+def kept(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x == 0, x, x.sign() * x.abs().clamp(1e-4, 1e4))
+
+
+@authors("vicinity_case1", "vicinity_case2", "vicinity_case4", "vicinity_case5")
+def test_vicinity_is_the_authors_before_its_gate(name: str) -> None:
+    def compute(saved: Saved, meta: dict[str, str]) -> torch.Tensor:
+        x = saved["x"]
+        config = mixer_config({"name": "vicinity", "combine": "sum" if meta["use_sum"] == "True" else "product"})
+        projections = [linear(saved, f"{part}_proj", x) for part in "qkv"]
+        mixed = both(config, meta, projections, Context(tuple(map(int, meta["grid"].split("x")))), {})
+        out = kept(linear(saved, "out_proj", mixed))
+        gate = linear(saved, "se_fc.2", linear(saved, "se_fc.0", x.mean(1, keepdim=True)).relu()).sigmoid()
+        return kept(out + out * gate)
+
+    check(name, compute)
+
+
+@pytest.mark.parametrize("combine", ["sum", "product"])
+def test_vicinity_pair_by_pair(combine: str) -> None:
+    query, key, value, context = tensors(GRID, SHAPE)
+    mixer = create_mixer(mixer_config({"name": "vicinity", "combine": combine}), SHAPE, dtype=torch.float64)
+    expected = torch.zeros_like(value)
+    for b, n, h in torch.cartesian_prod(*(torch.arange(size) for size in query.shape[:3])).tolist():
+        weights = []
+        for m in range(key.shape[1]):
+            row, column = n // GRID[1] - m // GRID[1], n % GRID[1] - m % GRID[1]
+            cosines = [math.cos(math.pi / 2 * row / GRID[0]), math.cos(math.pi / 2 * column / GRID[1])]
+            near = sum(cosines) if combine == "sum" else math.prod(cosines)
+            weights.append(query[b, n, h].relu() @ key[b, m, h].relu() * near)
+        total = torch.stack(weights)
+        expected[b, n, h] = (total[:, None] * value[b, :, h]).sum(0) / (total.sum() + 1e-4)
+    torch.testing.assert_close(mixer(query, key, value, context).output, expected, rtol=1e-4, atol=1e-3)  # but clamps
+
+
+@authors("efficientvit_litemla_case1", "efficientvit_litemla_case2", "efficientvit_litemla_case3")
+def test_multi_scale_is_the_authors(name: str) -> None:
+    def compute(saved: Saved, meta: dict[str, str]) -> torch.Tensor:
+        heads, dim, x = int(meta["heads"]), int(meta["head_dim"]), saved["x"].flatten(2).transpose(1, 2)
+        scales = tuple(map(int, meta["scales"].split(",")))
+        channels = heads * dim
+
+        def by_kind(tensor: torch.Tensor) -> torch.Tensor:  # they have q, k and v of one head beside one another
+            return tensor.unflatten(0, (heads, 3, dim)).transpose(0, 1)
+
+        def bias_of(layer: str) -> torch.Tensor:
+            return saved.get(f"param.{layer}.bias", x.new_zeros(3 * channels))
+
+        weights, biases = by_kind(saved["param.qkv.conv.weight"].flatten(1)), by_kind(bias_of("qkv.conv"))
+        projections = [F.linear(x, w.flatten(0, 1), b.flatten()) for w, b in zip(weights, biases, strict=True)]
+        project, *others = saved["param.proj.conv.weight"].flatten(1).split(channels, dim=1)
+        given = {}
+        for i, columns in enumerate(others):
+            given[f"depth_weight.{i}"] = by_kind(saved[f"param.aggreg.{i}.0.weight"]).flatten(0, 2)
+            given[f"depth_bias.{i}"] = by_kind(bias_of(f"aggreg.{i}.0")).flatten()
+            given[f"mix_weight.{i}"] = by_kind(saved[f"param.aggreg.{i}.1.weight"].flatten(1))
+            given[f"mix_bias.{i}"] = by_kind(bias_of(f"aggreg.{i}.1"))
+            given[f"join_weight.{i}"] = torch.linalg.solve(project, columns)
+        grid = tuple(map(int, meta["grid"].split("x")))
+        config = mixer_config({"name": "multi-scale", "scales": scales})
+        out = F.linear(
+            both(config, meta, projections, Context(grid), given), project, saved.get("param.proj.conv.bias")
+        )
+        mean, variance = (saved[f"buffer.proj.norm.running_{kind}"] for kind in ("mean", "var"))
+        out = (out - mean) / (variance + 1e-5).sqrt() * saved["param.proj.norm.weight"] + saved["param.proj.norm.bias"]
+        return out.transpose(1, 2).reshape(saved["out"].shape)
+
+    check(name, compute)
+
+
+def test_multi_scale_pair_by_pair() -> None:
+    """Means of neighbourhoods taken one by one, as it starts; with a join of its own."""
+    query, key, value, context = tensors(GRID, SHAPE)
+    mixer = create_mixer(mixer_config({"name": "multi-scale", "scales": [3]}), SHAPE, dtype=torch.float64)
+    means = [torch.zeros_like(x) for x in (query, key, value)]
+    for n in range(query.shape[1]):
+        for i, j in ((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)):
+            row, column = n // GRID[1] + i, n % GRID[1] + j
+            if 0 <= row < GRID[0] and 0 <= column < GRID[1]:
+                for mean, x in zip(means, (query, key, value), strict=True):
+                    mean[:, n] += x[:, row * GRID[1] + column] / 9
+    plain, near = (by_pairs(*x, lambda q, k, _: (q.relu() * k.relu()).sum()) for x in ((query, key, value), means))
+    joined = torch.einsum("ij,bnj->bni", mixer.join_weight[0], near.flatten(2)).reshape(near.shape)
+    torch.testing.assert_close(mixer(query, key, value, context).output, plain + joined, rtol=1e-9, atol=1e-9)
+    assert 0 < joined.norm() < 0.05 * plain.norm()  # it starts next to the relu's
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_is_linear_in_the_tokens(name: str) -> None:
+    shape, found = LayerShape(1, 4, 4), []
+    for side in (32, 128):  # 1,024 and 16,384 tokens
+        query, key, value, context = tensors((side, side), shape, batch=1, dtype=torch.float32)
+        with Largest() as largest, torch.no_grad():
+            create_mixer(name, shape)(query, key, value, context)
+        found.append(largest.elements)
+    assert found[1] <= 16 * found[0] and found[0] < 1024 * 128
+
+
+@pytest.mark.parametrize("name", ["linfusion", "inline", "mala", "rala", "polarity"])
 def test_masked_slots_of_the_input_are_not_read(name: str) -> None:
     query, key, value, context = tensors(GRID, SHAPE)
     mask = torch.arange(key.shape[1])[None].expand(2, -1) < torch.tensor([[7], [4]])
@@ -396,6 +613,13 @@ def test_masked_slots_of_the_input_are_not_read(name: str) -> None:
         found.append((out, torch.autograd.grad(out.sum(), learned)))
     torch.testing.assert_close(found[1][0], found[0][0])
     assert all(grad.isfinite().all() for grad in found[1][1])
+
+
+def test_native_code_that_runs_sample_by_sample_gets_each_samples_input() -> None:
+    hidden = torch.arange(12.0).reshape(3, 2, 2)
+    seen = SeenAttention(torch.nn.Linear(2, 2), {}, hidden)
+    assert torch.equal(torch.cat([seen.input_of(1) for _ in range(3)]), hidden)
+    assert SeenAttention(torch.nn.Linear(2, 2), {}, hidden).input_of(3) is hidden
 
 
 @pytest.mark.parametrize(
@@ -413,6 +637,14 @@ def test_masked_slots_of_the_input_are_not_read(name: str) -> None:
         {"name": "mala", "kernel_size": 33},
         {"name": "mala", "gate": None},
         {"name": "mala", "rotary": "yes"},
+        {"name": "rala", "rotary": 1},
+        {"name": "polarity", "alpha": 0},
+        {"name": "polarity", "alpha": float("nan")},
+        {"name": "polarity", "position_size": 65},
+        {"name": "vicinity", "combine": None},
+        {"name": "multi-scale", "scales": []},
+        {"name": "multi-scale", "scales": [4]},
+        {"name": "multi-scale", "scales": 5},
         {"name": "angular", "taps": 4},
         {"name": "angular", "taps": 10**9},
     ],
