@@ -189,8 +189,6 @@ def _moments(call: LayerCall, mixer: Mixer) -> torch.Tensor:
     features = inputs.shared(inputs.mix(mixer).float())
     rows, targets = (x.permute(2, 0, 1, 3).flatten(1, 2) for x in (features, wanted))
     return second_moments(rows, targets, call.weights.token_roots(wanted))
-    by_head, targets = (x.permute(2, 0, 1, 3).flatten(1, 2) for x in (features, wanted))
-    return second_moments(by_head, targets, call.weights.token_roots(wanted))
 
 
 def fit_gain(
