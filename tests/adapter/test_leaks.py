@@ -51,6 +51,7 @@ def alive() -> Counter[str]:
     return Counter(type(found).__name__ for found in gc.get_objects())
 
 
+@pytest.mark.slow
 @pytest.mark.compatibility("Converting and restoring", "works", "500 times without a leak")
 @pytest.mark.parametrize(("name", "times"), [("sd15", 400), ("sd3", 100)])
 def test_nothing_stays_behind(name: str, times: int, tmp_path: Path) -> None:
