@@ -75,10 +75,6 @@ class Size:
     def name(self) -> str:
         return f"{self.width}x{self.height}"
 
-    @property
-    def captions(self) -> list[str]:
-        return sample_captions(self.count, seed=1, held_out=True, size=min(self.width, self.height))
-
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,6 +119,12 @@ def attention(pipeline: Any, variant: str, adapter: str) -> Iterator[None]:
             restore(pipeline)
 
 
+def captions_of(args: argparse.Namespace, size: Size) -> list[str]:
+    """Captions that training never saw; in stages those of the native size, which decides what stands where."""
+    shorter = min(size.width, size.height) if args.direct else args.native
+    return sample_captions(size.count, seed=1, held_out=True, size=shorter)
+
+
 def stages_of(args: argparse.Namespace, size: Size) -> HighRes:
     """How a picture of one size is drawn."""
     whole = (size.height, size.width)
@@ -145,7 +147,7 @@ def draw_all(args: argparse.Namespace, pipeline: Any, size: Size, folder: Path, 
     elif json.loads(record.read_text(encoding="utf-8")) != json.loads(json.dumps(made_with)):
         raise SystemExit(f"error: {folder} holds pictures made with other settings: choose another --output")
     rows = []
-    for seed, caption in enumerate(tqdm(size.captions, desc=f"{size.name} {folder.name}")):
+    for seed, caption in enumerate(tqdm(captions_of(args, size), desc=f"{size.name} {folder.name}")):
         path = folder / f"{seed:06d}.png"
         rows.append(json.dumps({"file_name": path.name, "text": caption}))
         if not path.is_file():
@@ -158,7 +160,7 @@ def quality(args: argparse.Namespace, pipeline: Any, size: Size) -> dict[str, di
     """Facts, Fréchet distance and likeness to the original of every variant."""
     processes, folder = join_processes(args.device), args.output / size.name
     if not (folder / "real" / "metadata.jsonl").is_file():
-        render_folder(size.captions, folder / "real", (size.width, size.height))
+        render_folder(captions_of(args, size), folder / "real", (size.width, size.height))
     extractor = load_extractor(EXTRACTOR, device=processes.device)
     rows: dict[str, dict[str, Any]] = {}
     for variant in args.variants:
@@ -186,7 +188,7 @@ def speed(args: argparse.Namespace, pipeline: Any, size: Size) -> dict[str, Any]
     """Seconds and peak memory of a whole picture with each attention, timed in turn."""
     candidates = {
         variant: Candidate(
-            partial(draw, args, pipeline, size, size.captions[0], 0),
+            partial(draw, args, pipeline, size, captions_of(args, size)[0], 0),
             partial(attention, pipeline, variant, args.adapter),
         )
         for variant in args.variants
