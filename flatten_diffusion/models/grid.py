@@ -130,9 +130,9 @@ def remove_hooks(model: nn.Module) -> None:
         ):
             for key, hook in list(hooks.items()):
                 if isinstance(hook, (GridHook, GuardHook, EndHook, AutotuneHook)):
-                    del hooks[key]
-                    for option in options:
+                    for option in options:  # first: a restore that is interrupted here finds the hook again
                         option.pop(key, None)
+                    del hooks[key]
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, GridCheckpoint):
             module._gradient_checkpointing_func = checkpoint.function  # type: ignore[assignment]
