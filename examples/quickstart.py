@@ -70,7 +70,10 @@ def parse_args() -> argparse.Namespace:
     if args.size < 128 or args.size % 32:
         parser.error(f"--size {args.size} must be a multiple of 32, at least 128")
     try:
-        args.stages = HighRes(target=(args.size,) * 2, steps=args.num_inference_steps, strength=args.strength)
+        # Whole, not in tiles: this autoencoder's normalisation tells a tile from a picture, and 1024 pixels fit.
+        args.stages = HighRes(
+            target=(args.size,) * 2, steps=args.num_inference_steps, strength=args.strength, tiled_vae=False
+        )
     except ValueError as error:
         parser.error(str(error))
     return args
