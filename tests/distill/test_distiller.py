@@ -74,7 +74,7 @@ def parameters(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 
 def test_each_stage_brings_the_student_nearer(cache_folder: Path) -> None:
-    settings = replace(SETTINGS, transfer=StageSettings(30, 1e-2), finetune=StageSettings(30, 3e-3))
+    settings = replace(SETTINGS, transfer=StageSettings(30, 1e-2), finetune=StageSettings(90, 2e-3))
     run = distiller(cache_folder, None, settings)
     original = {name: parameter.clone() for name, parameter in run.adapter.model.named_parameters()}
     progress = run.run()
