@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch: two processes of two threads on two cores run tenfold slower
+# Before torch: two processes of two threads on two cores run tenfold slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -34,12 +34,13 @@ from flatten_diffusion.scenes.check import check_folder
 from flatten_diffusion.scenes.grammar import sample_captions
 from flatten_diffusion.scenes.pipeline import ADAPTER_DIR, load_scenes_pipeline
 from flatten_diffusion.scenes.render import render_folder
+from flatten_eval.errors import InputError, first_line
 from flatten_eval.features import load_extractor
 from flatten_eval.files import write_json
 from flatten_eval.metrics.paired import measure_pairs, summarise
 from flatten_eval.metrics.quality import QualityOptions, evaluate_quality, open_source
 from flatten_eval.pipelines import adapter_sha256, pipeline_sha256
-from flatten_eval.processes import join_processes
+from flatten_eval.processes import join_processes, resolve_device
 from flatten_eval.speed.timing import Candidate, measure
 from flatten_eval.versions import environment
 
@@ -102,6 +103,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--variants: {ORIGINAL} is what the others are compared with")
     if DISTILLED in args.variants and not (Path(args.adapter) / "adapter_config.json").is_file():
         parser.error(f"--adapter {args.adapter}: no adapter there (no adapter_config.json)")
+    if args.rounds < 0 or args.shown < 1:
+        parser.error("--rounds must be 0 or more, --shown 1 or more")
+    try:
+        resolve_device(args.device)
+        for size in args.sizes:
+            stages_of(args, size)
+    except (InputError, ValueError) as error:
+        parser.error(first_line(error))
     return args
 
 
@@ -119,10 +128,14 @@ def attention(pipeline: Any, variant: str, adapter: str) -> Iterator[None]:
             restore(pipeline)
 
 
+def captioned_size(args: argparse.Namespace, size: Size) -> int:
+    """The size that captions are drawn for: in stages the native one, which decides what stands where."""
+    return min(size.width, size.height) if args.direct else args.native
+
+
 def captions_of(args: argparse.Namespace, size: Size) -> list[str]:
-    """Captions that training never saw; in stages those of the native size, which decides what stands where."""
-    shorter = min(size.width, size.height) if args.direct else args.native
-    return sample_captions(size.count, seed=1, held_out=True, size=shorter)
+    """Captions that training never saw."""
+    return sample_captions(size.count, seed=1, held_out=True, size=captioned_size(args, size))
 
 
 def stages_of(args: argparse.Namespace, size: Size) -> HighRes:
@@ -138,14 +151,18 @@ def draw(args: argparse.Namespace, pipeline: Any, size: Size, caption: str, seed
     return generate_large(pipeline, caption, stages_of(args, size), guidance_scale=args.guidance, seed=seed)
 
 
-def draw_all(args: argparse.Namespace, pipeline: Any, size: Size, folder: Path, made_with: dict[str, Any]) -> None:
-    """Every caption of a size into `folder`, as far as it is missing there; a folder of other settings is refused."""
+def claim(folder: Path, made_with: dict[str, Any]) -> None:
+    """Make `folder` for pictures of these settings; one that holds pictures of others is refused."""
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "made_with.json"
     if not record.is_file():
         write_json(record, made_with)
     elif json.loads(record.read_text(encoding="utf-8")) != json.loads(json.dumps(made_with)):
         raise SystemExit(f"error: {folder} holds pictures made with other settings: choose another --output")
+
+
+def draw_all(args: argparse.Namespace, pipeline: Any, size: Size, folder: Path) -> None:
+    """Every caption of a size into `folder`, as far as it is missing there."""
     rows = []
     for seed, caption in enumerate(tqdm(captions_of(args, size), desc=f"{size.name} {folder.name}")):
         path = folder / f"{seed:06d}.png"
@@ -159,6 +176,8 @@ def draw_all(args: argparse.Namespace, pipeline: Any, size: Size, folder: Path, 
 def quality(args: argparse.Namespace, pipeline: Any, size: Size) -> dict[str, dict[str, Any]]:
     """Facts, Fréchet distance and likeness to the original of every variant."""
     processes, folder = join_processes(args.device), args.output / size.name
+    captions = {"count": size.count, "of_size": captioned_size(args, size)}
+    claim(folder / "real", captions)
     if not (folder / "real" / "metadata.jsonl").is_file():
         render_folder(captions_of(args, size), folder / "real", (size.width, size.height))
     extractor = load_extractor(EXTRACTOR, device=processes.device)
@@ -168,10 +187,12 @@ def quality(args: argparse.Namespace, pipeline: Any, size: Size) -> dict[str, di
             "pipeline": pipeline_sha256("scenes"),
             "adapter": adapter_sha256(args.adapter) if variant == DISTILLED else variant,
             "guidance": args.guidance,
+            **captions,
             **stages_of(args, size).to_dict(),
         }
+        claim(folder / variant, made_with)
         with attention(pipeline, variant, args.adapter):
-            draw_all(args, pipeline, size, folder / variant, made_with)
+            draw_all(args, pipeline, size, folder / variant)
         measured = evaluate_quality(
             open_source(folder / "real"), open_source(folder / variant), None, extractor, processes, QualityOptions()
         )

@@ -254,11 +254,13 @@ def find_objects(image: Image.Image) -> tuple[str, list[Found], NDArray[np.bool_
     return background, sorted(found, key=lambda item: item.x), silhouette
 
 
+def _colour_fact(label: str, colour: str, seen: list[Found]) -> Fact:
+    return Fact(f"{label}colour {colour}", bool(seen) and all(item.colour == colour for item in seen))
+
+
 def _thing_facts(label: str, thing: Thing, seen: list[Found]) -> list[Fact]:
     """Colour, shape and texture as far as stated; each must hold for every object in `seen`, and there must be one."""
-    facts = []
-    if thing.colour:
-        facts.append(Fact(f"{label}colour {thing.colour}", bool(seen) and all(s.colour == thing.colour for s in seen)))
+    facts = [_colour_fact(label, thing.colour, seen)] if thing.colour else []
     facts.append(Fact(f"{label}shape {thing.shape}", bool(seen) and all(s.shape == thing.shape for s in seen)))
     if thing.texture:
         holds = bool(seen) and all(s.texture == thing.texture for s in seen)
@@ -341,10 +343,9 @@ def check(image: Image.Image, caption: str) -> list[Fact]:
     if spec.kind == "relation":
         return facts + _relation_facts(spec, seen)
     if spec.kind == "lines":
-        colour = spec.things[0].colour
         return [
             *facts,
-            Fact(f"colour {colour}", bool(seen) and all(item.colour == colour for item in seen)),
+            _colour_fact("", spec.things[0].colour or "", seen),
             Fact(f"lines {spec.orientation}", bool(seen) and all(item.shape == spec.orientation for item in seen)),
         ]
     facts += _thing_facts("", spec.things[0], seen)

@@ -28,6 +28,8 @@ def test_it_measures_every_size_and_variant_and_goes_on_where_it_stopped(tmp_pat
     assert Image.open(sheet).height > 3 * 384
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").rglob("*.png")}
     assert large_pictures.main([*arguments[:-4], "--rounds", "0", *arguments[-2:]]) == 0
+    with pytest.raises(SystemExit, match="made with other settings: choose another --output"):
+        large_pictures.main(["--sizes", "64:3", *arguments[3:-4], "--rounds", "0", *arguments[-2:]])
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").rglob("*.png")}
 
 
@@ -39,6 +41,10 @@ def test_it_measures_every_size_and_variant_and_goes_on_where_it_stopped(tmp_pat
         (["--sizes", "128:1"], "at least 2"),
         (["--sizes", "64:2", "--variants", "distilled"], "original"),
         (["--sizes", "64:2", "--adapter", "nowhere"], "no adapter there"),
+        (["--sizes", "64:2", "--strength", "0"], "strength is 0"),
+        (["--sizes", "64:2", "--steps", "1"], "is no step"),
+        (["--sizes", "64:2", "--device", "abacus"], "abacus"),
+        (["--sizes", "64:2", "--rounds", "-1"], "--rounds"),
         (["--sizes", "64:2", "--json", "nowhere/x.json"], "no folder"),
     ],
 )
