@@ -2,6 +2,7 @@
 
     python -m eval.benchmarks cpu --json eval/results/cpu.json
     python -m eval.benchmarks conversion --json eval/results/conversion.json
+    python -m eval.benchmarks recipes --json eval/results/recipes.json
 
 Every round runs each variant once, in turn, so that a busy machine slows all of them alike; medians and ratios count.
 The operator at other shapes, and other models, are timed by `flatten-eval throughput`.
@@ -22,9 +23,9 @@ from flatten_eval.errors import InputError
 from flatten_eval.files import write_json
 from flatten_eval.versions import environment
 
-from . import conversion, cpu
+from . import conversion, cpu, recipes
 
-BENCHMARKS: dict[str, ModuleType] = {"cpu": cpu, "conversion": conversion}
+BENCHMARKS: dict[str, ModuleType] = {"cpu": cpu, "conversion": conversion, "recipes": recipes}
 """Of each: `add_arguments`, `check` (the first thing wrong with them, or None), `run` (the result's parts; prints)."""
 
 

@@ -96,6 +96,22 @@ def test_conversion_of_every_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert flux_row["extra_bytes"] == flux_row["added_bytes"] + (flux_row["peak_bytes"] or 0)
 
 
+def test_training_memory_from_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, rank = tmp_path / "recipes.json", 4
+    main(["recipes", "--archs", "pixart", "--rank", str(rank), "--window", "0", "--json", str(path)])
+    (row,) = json.loads(path.read_text())["recipes"]
+    model = conversion.build_meta_model("pixart", torch.bfloat16)
+    assert row["model_bytes"] == conversion.tensor_bytes(model)
+    adapter = linearize(model)
+    factors = 0
+    for _, attn in adapter.attention_modules():
+        for linear in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]):
+            factors += rank * (linear.in_features + linear.out_features) + linear.out_features  # and a bias
+    mixers = sum(parameter.numel() for parameter in adapter.parameters())
+    assert row["layers"] == len(adapter.layers) > 0 and row["learned"] == mixers + factors
+    assert row["state_bytes"] == 5 * 4 * row["learned"] and "pixart" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("weights", "seconds", "added", "peak", "extra", "met"),
     [
