@@ -1,8 +1,8 @@
 """What distilling a model at full size asks of memory, from its shapes alone (meta device, no weights).
 
-Per architecture: bytes of the model's bfloat16 weights, the parameters that distillation learns (the mixer's own and
-factors and bias of every projection's low-rank change), and the bytes of their training state: weight, gradient, two Adam moments and an
-average, in float32. Activations, text encoders and the autoencoder come on top.
+Per architecture: bytes of the model's bfloat16 weights, the parameters that distillation learns (the mixer's own, and
+factors and bias of every projection's low-rank change), and the bytes of their training state: weight, gradient, two
+Adam moments and an average, in float32. Activations, text encoders and the autoencoder come on top.
 """
 
 from __future__ import annotations
