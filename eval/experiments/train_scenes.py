@@ -36,6 +36,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
@@ -46,6 +47,7 @@ from flatten_diffusion.scenes.check import fact_accuracy
 from flatten_diffusion.scenes.grammar import sample_captions
 from flatten_diffusion.scenes.latents import image_latents
 from flatten_diffusion.scenes.render import render
+from flatten_eval.errors import first_line
 
 from .scenes_build import ARCHITECTURES, build_pipeline, export_pipeline, start_from
 
@@ -306,7 +308,12 @@ class Checkpoints:
         existing = self._existing()
         if existing:
             logger.info(f"resuming from {existing[-1]}")
-            self.accelerator.load_state(str(existing[-1]))
+            try:
+                self.accelerator.load_state(str(existing[-1]))
+            except Exception as error:  # what is damaged fails in many ways
+                raise SystemExit(
+                    f"{existing[-1]}: cannot be read ({first_line(error)}): remove it to go on from the one before"
+                ) from error
 
 
 def _write_atomically(model: DiffusionPipeline | ModelMixin, folder: Path) -> None:
@@ -405,7 +412,10 @@ def cached_latents(
         with atomic_path(path) as partial:
             save_file({"latents": drawn.contiguous()}, partial)
     accelerator.wait_for_everyone()
-    latents = load_file(str(path))["latents"]
+    try:
+        latents = load_file(str(path))["latents"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise SystemExit(f"{path}: cannot be read ({first_line(error)}): remove it to redraw") from error
     if len(latents) != len(captions):
         raise SystemExit(f"{path} holds {len(latents)} scenes, not {len(captions)} as asked: remove it to redraw")
     return latents, captions

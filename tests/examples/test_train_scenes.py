@@ -67,6 +67,21 @@ def test_the_joint_architecture_goes_on_from_a_smaller_one(tmp_path):
     assert not torch.allclose(started["pos_embed.pos_embed"], ended["pos_embed.pos_embed"])
 
 
+def test_damaged_checkpoints_and_latents_end_in_one_line(tmp_path):
+    run(*toy(tmp_path, "--max_train_steps", 2, "--stages", "denoiser"))
+    (tmp_path / "pipeline").rename(tmp_path / "done")
+    again = toy(tmp_path, "--max_train_steps", 4, "--stages", "denoiser")
+    weights = tmp_path / "denoiser-checkpoints" / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match=r"checkpoint-2: cannot be read \(.*\): remove it") as raised:
+        run(*again)
+    assert "\n" not in str(raised.value)
+    latents = tmp_path / "latents-32x32.safetensors"
+    latents.write_bytes(latents.read_bytes()[:500])
+    with pytest.raises(SystemExit, match=r"latents-32x32.safetensors: cannot be read \(.*\): remove it to redraw"):
+        run(*again)
+
+
 def test_several_sizes_are_learned_in_buckets(tmp_path):
     buckets = ["--buckets", "32:2:8:1", "64x32:1:6:4:0.3"]
     run(*toy(tmp_path, "--max_train_steps", 6, "--stages", "denoiser", *buckets))
